@@ -155,6 +155,22 @@ def establish(profile_name: str, config_path: str | os.PathLike[str]) -> Layout:
         ) from error
 
 
+def remake(layout: Layout) -> None:
+    """Make the directories again, should somebody have removed them.
+
+    :raises OSError: they cannot be made.
+    :raises DirectoryRefused: another configuration has taken the pipes directory.
+    """
+    layout.registry.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with exclusive(layout.registry):
+        layout.pipes.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            os.symlink(layout.config_path, layout.pipes / _OWNER)
+        if not _belongs(layout.pipes, layout.config_path):
+            raise DirectoryRefused(f"{layout.pipes} belongs to another configuration now: restart this process.")
+        replace_symlink(layout.pipes, layout.registry / "directory")
+
+
 def locate(config_path: str | os.PathLike[str]) -> Layout | None:
     """Find the directories of a configuration without making any; `None` where no broker has ever run."""
     config = Path(os.path.realpath(Path(config_path).expanduser()))

@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import select
 import selectors
@@ -44,6 +45,7 @@ if TYPE_CHECKING or not __package__:
 else:
     from . import discovery
 
+_LOGGER = logging.getLogger(__name__)
 _HEADER = struct.Struct(">I")
 LARGEST_TEXT = select.PIPE_BUF - _HEADER.size
 _READ_SIZE = 1 << 16
@@ -243,7 +245,7 @@ class Poller:
     def flush(self, seconds: float) -> None:
         """Handle events until every outbox is empty, or for so many seconds. Only in the selector thread."""
         deadline = time.monotonic() + seconds
-        while any(writer.outbox for writer in self.writers) and (left := deadline - time.monotonic()) > 0:
+        while any(writer.outbox for writer in list(self.writers)) and (left := deadline - time.monotonic()) > 0:
             self.poll(left)
 
     def close(self) -> None:
@@ -295,11 +297,6 @@ class Reader:
         poller.descriptors.update((self._descriptor, self._own_end))
         self._poller = poller
 
-    @property
-    def skipped(self) -> int:
-        """How many bytes of garbage came."""
-        return self._frames.skipped
-
     def start(self, handler: Callable[[Reader], None]) -> None:
         """Call `handler` whenever there is something to read. Only in the selector thread."""
         self._poller.watch(self._descriptor, selectors.EVENT_READ, lambda _: handler(self))
@@ -307,7 +304,7 @@ class Reader:
     def read(self) -> list[bytes]:
         """Return frames that have come; a list that may be empty although more is there."""
         try:
-            return self._frames.feed(os.read(self._descriptor, _READ_SIZE))
+            return self._fed(os.read(self._descriptor, _READ_SIZE))
         except BlockingIOError:
             return []
 
@@ -316,7 +313,14 @@ class Reader:
         frames: list[bytes] = []
         with contextlib.suppress(BlockingIOError):
             while True:
-                frames += self._frames.feed(os.read(self._descriptor, _READ_SIZE))
+                frames += self._fed(os.read(self._descriptor, _READ_SIZE))
+        return frames
+
+    def _fed(self, data: bytes) -> list[bytes]:
+        before = self._frames.skipped
+        frames = self._frames.feed(data)
+        if self._frames.skipped > before:
+            _LOGGER.warning("%s: skipped %d bytes that are no frame", self.path, self._frames.skipped - before)
         return frames
 
     def is_in_place(self) -> bool:
@@ -344,12 +348,14 @@ class Writer:
         on_death: Callable[[Writer], None],
         *,
         frames: int = 100_000,
+        drops_oldest: bool = False,
         persistent: bool = False,
     ) -> None:
         """Open the FIFO.
 
         :param on_death: called in the selector thread when the last reader has gone.
-        :param frames: how many frames the outbox holds (each at most ``PIPE_BUF`` bytes); then it drops its oldest.
+        :param frames: how many frames the outbox holds, each of at most ``PIPE_BUF`` bytes.
+        :param drops_oldest: whether a full outbox drops its oldest frame, rather than refuse the newest.
         :param persistent: stay open when the reader dies, so that what is in the pipe is there for the next one.
         :raises OSError: ``ENXIO`` or ``ENOENT`` if nobody reads it.
         """
@@ -359,6 +365,7 @@ class Writer:
         """How many frames the outbox had no room for."""
         self.dead = False
         self._frames = frames
+        self._drops_oldest = drops_oldest
         self._persistent = persistent
         self._on_death = on_death
         self._poller = poller
@@ -382,6 +389,7 @@ class Writer:
         """Write a frame, or put it into the outbox behind those that wait there already.
 
         :raises BrokenPipeError: nobody reads any more.
+        :raises BufferError: the outbox is full.
         """
         with self._lock:
             if self.dead:
@@ -396,6 +404,8 @@ class Writer:
                     self.dead = True
                     raise
             if len(self.outbox) >= self._frames:
+                if not self._drops_oldest:
+                    raise BufferError(f"{self._frames} frames wait for the reader of {self.path}")
                 self.dropped += 1
                 discard(self.outbox.popleft(), self.path)
             self.outbox.append(data)

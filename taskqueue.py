@@ -184,9 +184,10 @@ class TaskQueue:
             target.with_suffix(".reason").write_text(reason)
         path.rename(target)
 
-    def recover(self) -> Iterator[tuple[str, Task | None]]:
+    def recover(self, dying: str | None = None) -> Iterator[tuple[str, Task | None]]:
         """Give back the tasks of dead workers.
 
+        :param dying: the id of a worker whose pipes are closed: wait until its locks are free as well.
         Yields for each its new name and `None`; or, if too many workers died of it, its name and the task that failed.
         """
         for claim in _listed(self.directory / "claimed"):
@@ -196,7 +197,8 @@ class TaskQueue:
             except OSError:
                 continue
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                wait = claim.rpartition(".")[0] == dying
+                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 for name in sorted(self.names(f"claimed/{claim}")):
                     recovered = self._give_back_counted(directory, name)
                     if recovered:
@@ -320,18 +322,6 @@ class Claims:
                 _remove_claim(self.directory)
             os.close(self.descriptor)
             return names
-
-
-def claim_is_held(queue: TaskQueue, worker_id: str) -> bool:
-    """Say whether a live worker of this id holds a claim directory."""
-    for claim in _listed(queue.directory / "claimed"):
-        if claim.rpartition(".")[0] == worker_id:
-            with contextlib.suppress(FileNotFoundError), open(queue.directory / "claimed" / claim / "lock") as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    return True
-    return False
 
 
 def queue_directories(root: Path) -> dict[str, Path]:
