@@ -449,6 +449,19 @@ class Writer:
         self._watch()
 
 
+def knock(path: Path, message: Message) -> bool:
+    """Send one small message from a process that has no `Poller`; say whether somebody reads the FIFO and it fitted."""
+    data = frame(encode(message))
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    with open(descriptor, "wb", buffering=0), contextlib.suppress(OSError):
+        _check_fifo(descriptor, path)
+        return data is not None and os.write(descriptor, data) == len(data)
+    return False
+
+
 def _check_fifo(descriptor: int, path: Path) -> None:
     status = os.fstat(descriptor)
     if not stat.S_ISFIFO(status.st_mode) or status.st_uid != os.geteuid():

@@ -459,9 +459,7 @@ class _Engine:
         try:
             text = self._encode({"correlation_id": correlation_id, **answer})
         except Exception as error:
-            text = fifo.encode(
-                {"correlation_id": correlation_id, "exception": f"the result cannot be sent: {error}"}
-            )
+            text = fifo.encode({"correlation_id": correlation_id, "exception": f"the result cannot be sent: {error}"})
         for _ in range(2):
             try:
                 writer = self._writer(path.name)
@@ -495,9 +493,7 @@ class _Engine:
             else:
                 _LOGGER.warning("%s: a frame that is no ring", reader.path)
 
-    def _on_message(
-        self, serve: Callable[[fifo.Message], None], reader: fifo.Reader, frames: list[bytes]
-    ) -> None:
+    def _on_message(self, serve: Callable[[fifo.Message], None], reader: fifo.Reader, frames: list[bytes]) -> None:
         for data in frames:
             self._messages.put(functools.partial(self._serve, serve, reader, data))
 
@@ -730,13 +726,16 @@ class _Engine:
         outcome.add_done_callback(done)
 
     def _serve_broadcast(self, message: fifo.Message) -> None:
+        if "body" not in message:
+            _LOGGER.warning("A broadcast without a body: %s", sorted(message))
+            return
         fields = [message.get(key) for key in ("sender", "subject", "correlation_id")]
         for subscriber in list(self.broadcast.values()):
             communicator = self.facade()
             if communicator is None:
                 return
             try:
-                outcome = subscriber(communicator, self._decode(message.get("body")), *fields)
+                outcome = subscriber(communicator, self._decode(message["body"]), *fields)
                 if inspect.iscoroutine(outcome):
                     # kiwipy's RabbitMQ communicator takes coroutine functions here, and only here.
                     import asyncio
@@ -904,9 +903,7 @@ class PipeCommunicator(kiwipy.Communicator):  # type: ignore[misc]
         :raises discovery.DirectoryRefused: a directory is not safe to use, or cannot be used.
         :raises kiwipy.DuplicateSubscriberIdentifier: a live worker has this id.
         """
-        self._engine = _Engine(
-            profile_name, config_path, worker_id, task_prefetch_count, encoder, decoder, fsync
-        )
+        self._engine = _Engine(profile_name, config_path, worker_id, task_prefetch_count, encoder, decoder, fsync)
         self._engine.facade = weakref.ref(self)
         weakref.finalize(self, self._engine.close_soon).atexit = False
 
@@ -1010,9 +1007,7 @@ class PipeCommunicator(kiwipy.Communicator):  # type: ignore[misc]
         """
         return self._engine.send_rpc(recipient_id, msg)
 
-    def broadcast_send(
-        self, body: Any, sender: Any = None, subject: Any = None, correlation_id: Any = None
-    ) -> bool:
+    def broadcast_send(self, body: Any, sender: Any = None, subject: Any = None, correlation_id: Any = None) -> bool:
         """Send a message to all broadcast subscribers; without a coordinator it is kept for one for 60 seconds.
 
         :return: `True`.

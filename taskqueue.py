@@ -93,14 +93,15 @@ class Task:
 class TaskQueue:
     """One queue: a directory with the states of its tasks."""
 
-    def __init__(self, directory: Path, *, fsync: bool = True) -> None:
-        """Make the directories that are missing.
-
+    def __init__(self, directory: Path, *, fsync: bool = True, make: bool = True) -> None:
+        """
+        :param make: whether to make the directories that are missing; who only reads does not.
         :param fsync: whether `put` waits until the task would survive a loss of power.
         """
         self.directory = directory
         self._fsync = fsync
-        self._make()
+        if make:
+            self._make()
 
     def path(self, name: str, state: str = "") -> Path:
         """Return where a task is kept in a state: '' (waiting), 'completed', 'failed' or 'claimed/…'."""
