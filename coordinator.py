@@ -387,9 +387,10 @@ class PipeCoordinator:
         elif kind == "report" and queue is not None:
             peer = self._peers.get(message["worker"])
             member = peer.members.get(queue.key) if peer else None
-            for what in ("lost", "done", "rejected", "claimed") if member is not None else ():
-                for name in message.get(what, ()):
-                    queue.report(member, what, str(name))
+            if member is not None:
+                for what in ("lost", "done", "rejected", "claimed"):
+                    for name in message.get(what, ()):
+                        queue.report(member, what, str(name))
         else:
             raise fifo.Garbage(f"it is no message for the coordinator: {kind!r:.40}")
 
@@ -500,7 +501,7 @@ class PipeCoordinator:
             self._recover(queue)
         held = [queue for queue in self._queues.values() if (queue.queue.directory / "claimed" / claim).exists()]
         if held and pause < HOUSEKEEPING_SECONDS:
-            again = functools.partial(self._recover_all, claim, 2 * pause)
+            again: Callable[[], None] = functools.partial(self._recover_all, claim, 2 * pause)
             heapq.heappush(self._timers, (time.monotonic() + pause, id(again), again))
 
     def _recover(self, queue: _Queue) -> None:
@@ -528,7 +529,7 @@ class PipeCoordinator:
 
     # Housekeeping
 
-    def _housekeeping(self) -> Iterator[object]:
+    def _housekeeping(self) -> Iterator[None]:
         discovery.remake(self.layout)
         if not (self._tasks.is_in_place() and self._broadcasts.is_in_place()):
             _LOGGER.warning("The coordinator's pipes had vanished and are made again")
@@ -538,7 +539,8 @@ class PipeCoordinator:
                 self._meet(worker.worker_id)
             yield
         for peer in list(self._peers.values()):
-            yield self._look_after(peer)
+            self._look_after(peer)
+            yield
         for key, directory in taskqueue.queue_directories(self.layout.queue).items():
             queue = self._queue(key, directory)
             if queue is not None:
@@ -700,7 +702,12 @@ def tasks(config_path: str | os.PathLike[str], state: str | None = None) -> list
             )
             for claim, name in pairs:
                 task_id, _, deaths = name.partition(".")
-                row = {"id": task_id, "state": place, "queue": _queue_name(key), "deaths": int(deaths or 0)}
+                row: dict[str, Any] = {
+                    "id": task_id,
+                    "state": place,
+                    "queue": _queue_name(key),
+                    "deaths": int(deaths or 0),
+                }
                 row["worker"] = claim.rpartition(".")[0] if claim else None
                 row["reason"] = queue.reason(name) if place == "failed" else None
                 rows.append(row)
@@ -761,7 +768,7 @@ def main(arguments: list[str] | None = None) -> int:
     config_path = Path(options.config_path or f"~/.aiida/profiles/{options.profile}").expanduser().absolute()
     ready = options.ready_descriptor
     try:
-        if options.command is None or options.command == "start" and options.foreground:
+        if options.command is None or (options.command == "start" and options.foreground):
             _run(options.profile, config_path, ready)
         elif options.command == "start":
             print(f"Started the coordinator, pid {start(options.profile, config_path)}.")

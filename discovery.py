@@ -40,6 +40,7 @@ BROADCAST_INTAKE = "coordinator_broadcast"
 KINDS = ("task", "rpc", "broadcast")
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_CLAIM = re.compile(rf"{_WORKER_ID.pattern}\.[0-9a-f]{{32}}")
 _REPLY = re.compile(r"reply_\d+_[0-9a-f]{32}")
 _RPC = re.compile(rf"rpc_{_WORKER_ID.pattern}")
 _BODY = re.compile(r"body_([A-Za-z0-9._-]+)\.[0-9a-f]{32}")
@@ -104,10 +105,16 @@ class Worker:
         """
         try:
             worker = cls(**json.loads(path.read_text()))
-            valid = _WORKER_ID.fullmatch(worker.worker_id) and _REPLY.fullmatch(worker.reply)
-            valid = valid and _WORKER_ID.fullmatch(worker.claim) and worker.claim.startswith(f"{worker.worker_id}.")
-            valid = valid and isinstance(worker.pid, int) and isinstance(worker.since, int | float)
-            valid = valid and all(isinstance(n, int) and n >= 0 for n in worker.queues.values())
+            valid = (
+                _WORKER_ID.fullmatch(worker.worker_id) is not None
+                and _REPLY.fullmatch(worker.reply) is not None
+                and _CLAIM.fullmatch(worker.claim) is not None
+                and worker.claim.rpartition(".")[0] == worker.worker_id
+                and isinstance(worker.pid, int)
+                and isinstance(worker.since, int | float)
+                and all(key == "" or is_quoted(key) for key in worker.queues)
+                and all(isinstance(count, int) and count >= 0 for count in worker.queues.values())
+            )
         except (TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a worker's entry: {error}") from None
         if not valid or path.name != f"worker_{worker.worker_id}.json":
@@ -432,7 +439,7 @@ def _swept(layout: Layout, path: Path, broadcasts_kept: float) -> bool:
         if not dead:
             return False
         with exclusive(layout.registry):
-            if stat.S_ISFIFO(status.st_mode) and is_alive(path) or receiver is None and not _is_orphan(path):
+            if (stat.S_ISFIFO(status.st_mode) and is_alive(path)) or (receiver is None and not _is_orphan(path)):
                 return False
             path.unlink()
         return True

@@ -178,7 +178,7 @@ class Frames:
             (length,) = _HEADER.unpack_from(data, at)
             stop = at + _HEADER.size + length
             text = data[at + _HEADER.size : stop]
-            if not 2 <= length <= LARGEST_TEXT or b"\0" in text or text and text[0] != 0x7B:
+            if not 2 <= length <= LARGEST_TEXT or b"\0" in text or (text and text[0] != 0x7B):
                 following = data.find(b"\0", at + 1)
                 following = end if following < 0 else following
                 self.skipped += following - at

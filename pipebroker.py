@@ -1,12 +1,12 @@
 """`PipeCommunicator`, a `kiwipy.Communicator` on named pipes, its task queues, and `PipeBroker` for AiiDA.
 
-Strategy: the disk holds the truth, and the pipes are doorbells. A task is a file from before `task_send` returns until it
-is done; a frame only says "look". RPC and replies go straight from process to process; only tasks to be shared out and
+Strategy: the disk holds the truth, and the pipes are doorbells. A task is a file from before `task_send` returns until
+it is done; a frame only says "look". RPC and replies go straight from process to process; only tasks to be shared out and
 broadcasts to be fanned out pass the coordinator.
 
 Rules:
-- One selector thread does all reading and flushing and never runs user code. Task subscribers run on one thread, RPC and
-  broadcast subscribers on another, callbacks of futures on a third; each is started when it is first needed. So a
+- One selector thread does all reading and flushing and never runs user code. Task subscribers run on one thread, RPC
+  and broadcast subscribers on another, callbacks of futures on a third; each is started when it is first needed. So a
   subscriber may block, and may wait for a reply on the same communicator.
 - Whatever is sent is written straight from the calling thread.
 - The threads hold the `_Engine` and never the `PipeCommunicator`, so that garbage collection can close it.
@@ -531,10 +531,10 @@ class _Engine:
                 except Exception as error:
                     call.future.set_exception(error)
             elif "exception" in message:
-                error = kiwipy.RemoteException(message["exception"])
+                remote = kiwipy.RemoteException(message["exception"])
                 if message.get("traceback"):
-                    error.__cause__ = RemoteTraceback(message["traceback"])
-                call.future.set_exception(error)
+                    remote.__cause__ = RemoteTraceback(message["traceback"])
+                call.future.set_exception(remote)
             elif "undelivered" in message:
                 call.future.set_exception(kiwipy.UnroutableError(message["undelivered"]))
             elif "cancelled" in message:
@@ -876,8 +876,8 @@ os.register_at_fork(after_in_child=_abandon_copies)
 class PipeCommunicator(kiwipy.Communicator):  # type: ignore[misc]
     """A `kiwipy.Communicator` on named pipes: what ``kiwipy.rmq.RmqThreadCommunicator`` is on RabbitMQ.
 
-    It is thread-safe, and a context manager. It needs no running coordinator to be made, to send tasks (they wait on the
-    disk) or for RPC; only tasks that are to reach a subscriber and broadcasts need one.
+    It is thread-safe, and a context manager. It needs no running coordinator to be made, to send tasks (they wait on
+    the disk) or for RPC; only tasks that are to reach a subscriber and broadcasts need one.
     """
 
     def __init__(
@@ -1106,7 +1106,7 @@ class PipeIncomingTask:
         self._begin()
         outcome = kiwipy.Future()
         outcome.add_done_callback(self._finish)
-        self._outcome = weakref.ref(outcome, lambda _: self._state == "processing" and self._give_back())
+        self._outcome = weakref.ref(outcome, self._dropped)
         return outcome
 
     @contextlib.contextmanager
@@ -1151,6 +1151,10 @@ class PipeIncomingTask:
     def _give_back(self) -> None:
         self._state = "requeued"
         self._engine.give_back(self._side, self._task.name)
+
+    def _dropped(self, _: object) -> None:
+        if self._state == "processing":
+            self._give_back()
 
     def _finish(self, outcome: kiwipy.Future) -> None:
         if outcome.cancelled():

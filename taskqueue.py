@@ -11,12 +11,12 @@ caller. So any process may die at any instant, and the next one reads from the d
 
 Rules:
 - A task appears under its name only when it is whole, and on the disk itself before `TaskQueue.put` returns.
-- Whoever gets the lock of a claim directory may give its tasks back, and nobody else. A worker that dies while it holds a
-  task leaves it with one more death in its name: ``task_{id}.{deaths}.json``.
+- Whoever gets the lock of a claim directory may give its tasks back, and nobody else. A worker that dies while it holds
+  a task leaves it with one more death in its name: ``task_{id}.{deaths}.json``.
 - ``id`` sorts by time of submission, and strictly within one process, even if the clock steps back.
 
-The name of a task is its id with its deaths: what stands between ``task_`` and ``.json``. This module knows neither pipes
-nor processes.
+The name of a task is its id with its deaths: what stands between ``task_`` and ``.json``. This module knows neither
+pipes nor processes.
 """
 
 from __future__ import annotations
