@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
 """`PipeCoordinator`, which shares out tasks and fans out broadcasts, and the command line that runs and inspects it.
 
-Strategy: it keeps the names of tasks in memory and never a body; all it knows can be read again from the disk, so it may
-be killed at any instant. It rings a worker to say that a task waits; the worker claims the task by rename(2), and says
+Strategy: it keeps the names of tasks in memory and never a body; all it knows can be read again from the disk, so it
+may be killed at any instant. It rings a worker to say that a task waits; the worker claims the task by rename(2), and says
 what became of it. Two workers rung for one task is normal, since the rename decides.
 
 Rules:
 - A worker is rung for at most `_WINDOW` tasks that it has not claimed yet, and for no more than its prefetch.
 - A task that was rung at a worker which does not claim it is rung again at one that has nothing to start.
 - Broadcasts are forwarded undecoded. The registrations that came before one are read before it is fanned out.
-- Every ten seconds, in slices, it looks for what no event told it of: drift between memory and disk, what the dead left.
+- Every ten seconds, in slices, it looks for what no event told it of: drift between memory and disk, what the
+  dead left.
 
 This module knows neither kiwipy nor AiiDA, nor what a body says.
 """
@@ -159,7 +160,7 @@ class _Queue:
 
     def _unring(self, member: _Member, name: str) -> None:
         member.rung.pop(name, None)
-        since, others = self._rung.get(name, (0.0, []))
+        _, others = self._rung.get(name, (0.0, []))
         if member in others:
             others.remove(member)
             if not others:
@@ -546,7 +547,8 @@ class PipeCoordinator:
             if queue is not None:
                 self._recover(queue)
                 yield from queue.settle_drift()
-                yield from queue.queue.sweep()
+                for _ in queue.queue.sweep():
+                    yield
         for removed in discovery.sweep(self.layout, _BROADCASTS_KEPT_SECONDS):
             if removed:
                 _LOGGER.info("Removed %s, which a dead process left", removed)
@@ -620,11 +622,9 @@ def stop(config_path: str | os.PathLike[str]) -> int | None:
     :raises CoordinatorError: it may not be stopped by this user.
     """
     path = Path(os.path.realpath(Path(config_path).expanduser())) / "coordinator" / "coordinator.lock"
-    try:
-        lock = open(path)
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    with lock:
+    with open(path) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return None

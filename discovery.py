@@ -1,8 +1,8 @@
 """Who is here, and where: directories, file names, registration, and the kernel's answer to "is it alive?".
 
 Strategy: a name in a directory is a claim, and a FIFO's reader is its proof. A process is alive exactly while it holds
-the reading end of its reply pipe; ``open(O_WRONLY | O_NONBLOCK)`` says so with ``ENXIO`` (fifo(7)) and the answer cannot
-be stale, because the kernel closes the reading end at any death. Nothing here compares process ids or ages.
+the reading end of its reply pipe; ``open(O_WRONLY | O_NONBLOCK)`` says so with ``ENXIO`` (fifo(7)) and the answer
+cannot be stale, because the kernel closes the reading end at any death. Nothing here compares process ids or ages.
 
 Rules:
 - Nothing is used before it is looked at: the pipes directory lies in /tmp, which is public.
@@ -414,8 +414,8 @@ def sweep(layout: Layout, broadcasts_kept: float) -> Iterator[str]:
 
     A generator, so that it can be run in slices: it yields after each file the name of what it removed, or ''.
 
-    :param broadcasts_kept: seconds for which a sender keeps a broadcast; a body for the coordinator, whose pipe outlives
-        it, is an orphan when it is older than twice that.
+    :param broadcasts_kept: seconds for which a sender keeps a broadcast; a body for the coordinator, whose pipe
+        outlives it, is an orphan when it is older than twice that.
     """
     for name in _listed(layout.pipes):
         path = layout.pipes / name

@@ -2,8 +2,8 @@
 
 Strategy: one write of at most ``PIPE_BUF`` bytes to a pipe is atomic, and all or nothing with ``O_NONBLOCK`` (pipe(7),
 write(2)). So a frame never exceeds that, writers in any number of processes need no lock between them, and no reader
-ever waits for the other half of a frame. What does not fit is written to a file, and the frame names it (the claim check
-pattern); whoever receives it unlinks it.
+ever waits for the other half of a frame. What does not fit is written to a file, and the frame names it (the claim
+check pattern); whoever receives it unlinks it.
 
     frame = 4 bytes: length of the text, big-endian | the text: a JSON object in UTF-8
 
@@ -250,7 +250,7 @@ class Poller:
 
     def close(self) -> None:
         """Close everything. Only in the selector thread, or in a forked child."""
-        # A child shares the selector's kernel object with its parent: closing leaves that alone, unregistering does not.
+        # A child shares the selector's kernel object with its parent. Unlike unregistering, closing leaves it alone.
         self._selector.close()
         for descriptor in self.descriptors:
             os.close(descriptor)

@@ -1,8 +1,8 @@
 """`PipeCommunicator`, a `kiwipy.Communicator` on named pipes, its task queues, and `PipeBroker` for AiiDA.
 
 Strategy: the disk holds the truth, and the pipes are doorbells. A task is a file from before `task_send` returns until
-it is done; a frame only says "look". RPC and replies go straight from process to process; only tasks to be shared out and
-broadcasts to be fanned out pass the coordinator.
+it is done; a frame only says "look". RPC and replies go straight from process to process; only tasks to be shared out
+and broadcasts to be fanned out pass the coordinator.
 
 Rules:
 - One selector thread does all reading and flushing and never runs user code. Task subscribers run on one thread, RPC
