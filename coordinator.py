@@ -2,8 +2,8 @@
 """`PipeCoordinator`, which shares out tasks and fans out broadcasts, and the command line that runs and inspects it.
 
 Strategy: it keeps the names of tasks in memory and never a body; all it knows can be read again from the disk, so it
-may be killed at any instant. It rings a worker to say that a task waits; the worker claims the task by rename(2), and says
-what became of it. Two workers rung for one task is normal, since the rename decides.
+may be killed at any instant. It rings a worker to say that a task waits; the worker claims the task by rename(2), and
+says what became of it. Two workers rung for one task is normal, since the rename decides.
 
 Rules:
 - A worker is rung for at most `_WINDOW` tasks that it has not claimed yet, and for no more than its prefetch.
@@ -506,7 +506,7 @@ class PipeCoordinator:
             heapq.heappush(self._timers, (time.monotonic() + pause, id(again), again))
 
     def _recover(self, queue: _Queue) -> None:
-        for name, failed in queue.queue.recover():
+        for name, failed in queue.queue.recover(functools.partial(discovery.claim_is_dead, self.layout)):
             if failed is None:
                 _LOGGER.warning("Task %s waits again: its worker died", name)
                 queue.add(name)

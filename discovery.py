@@ -409,6 +409,18 @@ def remove_dead_locked(layout: Layout, worker_id: str) -> bool:
     return True
 
 
+def claim_is_dead(layout: Layout, claim: str) -> bool:
+    """Say whether no pipe of the life that made this claim directory is read any more."""
+    worker_id = claim.rpartition(".")[0]
+    try:
+        worker = Worker.read(layout.entry(worker_id))
+    except (OSError, ValueError):
+        return True
+    return worker.claim != claim or not any(
+        is_alive(layout.pipes / name) for name in (worker.reply, *(f"{kind}_{worker_id}" for kind in KINDS))
+    )
+
+
 def sweep(layout: Layout, broadcasts_kept: float) -> Iterator[str]:
     """Remove what the dead left in the pipes directory, and touch what the living use.
 

@@ -758,7 +758,7 @@ class _Engine:
 
     def recover(self, key: str, task_queue: taskqueue.TaskQueue, dying: str | None = None) -> None:
         """Give back the tasks of dead workers, and tell the coordinator, or the sender of one given up on."""
-        for name, failed in task_queue.recover(dying):
+        for name, failed in task_queue.recover(functools.partial(discovery.claim_is_dead, self.layout), dying):
             if failed is None:
                 self.ring_task(key, name)
             elif not failed.no_reply:

@@ -185,14 +185,18 @@ class TaskQueue:
             target.with_suffix(".reason").write_text(reason)
         path.rename(target)
 
-    def recover(self, dying: str | None = None) -> Iterator[tuple[str, Task | None]]:
+    def recover(self, is_dead: Callable[[str], bool], dying: str | None = None) -> Iterator[tuple[str, Task | None]]:
         """Give back the tasks of dead workers.
 
+        :param is_dead: whether the pipes of the life that made a claim directory are closed too. A dying process loses
+            its lock and its pipes one by one; a task that came back in between would find its RPC identifier taken.
         :param dying: the id of a worker whose pipes are closed: wait until its locks are free as well.
         Yields for each its new name and `None`; or, if too many workers died of it, its name and the task that failed.
         """
         for claim in _listed(self.directory / "claimed"):
             directory = self.directory / "claimed" / claim
+            if not is_dead(claim):
+                continue
             try:
                 lock = os.open(directory / "lock", os.O_RDWR)
             except OSError:
