@@ -315,15 +315,17 @@ class _Engine:
             self.recover(key, taskqueue.TaskQueue(directory), dying=self.worker_id)
 
     def _register(self) -> None:
+        # What has no pipe yet is registered once it has one.
+        sides = self.sides.values() if "task" in self._readers else ()
         discovery.Worker(
             worker_id=self.worker_id,
             pid=os.getpid(),
             since=self._since,
             reply=self._reply_name,
             claim=self._claim,
-            queues={side.key: side.prefetch for side in self.sides.values() if side.subscribers},
+            queues={side.key: side.prefetch for side in sides if side.subscribers},
             rpc="rpc" in self._readers,
-            broadcast=bool(self.broadcast),
+            broadcast=bool(self.broadcast) and "broadcast" in self._readers,
         ).register(self.layout)
         self._ring({"type": "register", "worker": self.worker_id})
 
