@@ -757,6 +757,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("tasks", help="list the tasks on disk, oldest first")
     command.add_argument("--state", choices=("waiting", "claimed", "completed", "failed"), help="only these")
     command.add_argument("--json", action="store_true", help="print JSON")
+    commands.add_parser("configure", help="point the AiiDA profile of this name at this broker")
     command = commands.add_parser("requeue", help="move failed or completed tasks back to waiting")
     command.add_argument("task_ids", nargs="+", metavar="TASK_ID", help="as the command 'tasks' prints it")
     return parser
@@ -780,6 +781,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"Restarted the coordinator, pid {start(options.profile, config_path)}.")
         elif options.command == "status":
             return _print_status(status(config_path), options.json)
+        elif options.command == "configure":
+            _configure(options.profile)
         elif options.command == "tasks":
             _print_tasks(tasks(config_path, options.state), options.json)
         else:
@@ -821,6 +824,19 @@ def _run(profile_name: str, config_path: Path, ready: int | None) -> None:
     except Exception:
         _LOGGER.exception("The coordinator ends, because of an error")
         raise
+
+
+def _configure(profile_name: str) -> None:
+    # The one command that needs AiiDA; nothing else here may, as that takes long to import.
+    try:
+        if not __package__:
+            import pipebroker
+        else:
+            from . import pipebroker
+        pipebroker.configure(profile_name)
+    except ImportError as error:
+        raise CoordinatorError(f"AiiDA is not installed here: {error}") from error
+    print(f"Profile {profile_name} uses the named pipe broker.")
 
 
 def _print_status(answer: dict[str, Any], as_json: bool) -> int:
