@@ -829,7 +829,7 @@ def _run(profile_name: str, config_path: Path, ready: int | None) -> None:
 def _configure(profile_name: str) -> None:
     # The one command that needs AiiDA; nothing else here may, as that takes long to import.
     try:
-        if not __package__:
+        if TYPE_CHECKING or not __package__:
             import pipebroker
         else:
             from . import pipebroker

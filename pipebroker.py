@@ -1253,14 +1253,15 @@ class _PipeBroker:
                 self._start_coordinator()
             else:
                 _logger().warning(
-                    "The coordinator is not running, so tasks wait on the disk. Start it with `verdi coordinator start` "
+                    "The coordinator is not running, so tasks wait on the disk. Start it with "
+                    "`verdi coordinator start` "
                     "or `aiida-coordinator --profile %s start`.",
                     self._profile.name,
                 )
         return communicator
 
     def iterate_tasks(self) -> Iterator[PipeIncomingTask]:
-        """Yield the tasks that no live worker holds; those that are not processed wait again when the iteration ends."""
+        """Yield the tasks that no live worker holds; those that are not processed wait again when the loop ends."""
         yield from self._connect().task_queue(DEFAULT_QUEUE)
 
     def check_service_reachable(self) -> bool:
@@ -1293,7 +1294,7 @@ class _PipeBroker:
             self._communicator = None
 
     def revive(self) -> None:
-        """Start the coordinator again, in the background, if it has died: one that was stopped took its entry with it."""
+        """Start the coordinator again if it has died: one that was stopped has taken its entry with it."""
         layout = discovery.locate(self.config_path)
         if layout is None or discovery.is_alive(layout.pipes / discovery.TASKS_INTAKE):
             return
@@ -1380,7 +1381,7 @@ def _logger() -> logging.Logger:
 
 def _coordinator() -> Any:
     # Not at the top: most communicators never start one.
-    if not __package__:
+    if TYPE_CHECKING or not __package__:
         import coordinator
     else:
         from . import coordinator
