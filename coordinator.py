@@ -230,6 +230,11 @@ class _Queue:
         """Ring at a worker that has nothing to start what another has not claimed for a while."""
         if self._waiting or not self._rung:
             return None
+        if not self._idle and not self._ready:
+            return None
+        oldest = next(iter(self._rung.values()))[0]
+        if time.monotonic() - oldest < _GRACE_SECONDS:
+            return oldest + _GRACE_SECONDS
         free = [member for member in (*self._idle, *self._ready) if not member.rung]
         for name, (since, others) in list(self._rung.items())[: 4 * _WINDOW]:
             if not free:
@@ -311,8 +316,16 @@ class PipeCoordinator:
         self._write_entry()
         for name in os.listdir(self.layout.pipes):
             if discovery.is_reply_pipe(name):
-                fifo.knock(self.layout.pipes / name, {"type": "coordinator"})
+                self._greet(self.layout.pipes / name, 0.1)
         _LOGGER.info("Serving %s, pid %d, pipes in %s", self.profile_name, os.getpid(), self.layout.pipes)
+
+    def _greet(self, reply: Path, pause: float) -> None:
+        """Tell a communicator that a coordinator is here, even if its pipe is full for now."""
+        if not fifo.knock(reply, {"type": "coordinator"}) and discovery.is_alive(reply):
+            self._later(pause, functools.partial(self._greet, reply, 2 * pause))
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        heapq.heappush(self._timers, (time.monotonic() + seconds, id(call), call))
 
     def _open_intakes(self) -> None:
         self._tasks = fifo.Reader(self._poller, self.layout.pipes / discovery.TASKS_INTAKE, keep=True)
@@ -372,7 +385,7 @@ class PipeCoordinator:
             try:
                 message = fifo.unpack(data, self._tasks.path)
                 self._on_message(message)
-            except (fifo.Garbage, KeyError, TypeError, OSError) as error:
+            except (ValueError, KeyError, TypeError, OSError) as error:
                 _LOGGER.warning(
                     "%s: a frame that cannot be used: %s: %s", self._tasks.path, type(error).__name__, error
                 )
@@ -390,8 +403,8 @@ class PipeCoordinator:
             member = peer.members.get(queue.key) if peer else None
             if member is not None:
                 for what in ("lost", "done", "rejected", "claimed"):
-                    for name in message.get(what, ()):
-                        queue.report(member, what, str(name))
+                    for name in filter(discovery.is_quoted, message.get(what, ())):
+                        queue.report(member, what, name)
         else:
             raise fifo.Garbage(f"it is no message for the coordinator: {kind!r:.40}")
 
@@ -493,8 +506,9 @@ class PipeCoordinator:
         self._recover_all(peer.worker.claim, 0.01)
 
     def _bury(self, worker_id: str) -> None:
-        if discovery.remove_dead(self.layout, worker_id):
-            _LOGGER.info("Removed what worker %s left", worker_id)
+        with contextlib.suppress(BlockingIOError):  # Then housekeeping does it.
+            if discovery.remove_dead(self.layout, worker_id):
+                _LOGGER.info("Removed what worker %s left", worker_id)
 
     def _recover_all(self, claim: str, pause: float) -> None:
         """Give a dead worker's tasks back, and look again soon if its lock, the proof of its death, is not free yet."""
@@ -502,8 +516,7 @@ class PipeCoordinator:
             self._recover(queue)
         held = [queue for queue in self._queues.values() if (queue.queue.directory / "claimed" / claim).exists()]
         if held and pause < HOUSEKEEPING_SECONDS:
-            again: Callable[[], None] = functools.partial(self._recover_all, claim, 2 * pause)
-            heapq.heappush(self._timers, (time.monotonic() + pause, id(again), again))
+            self._later(pause, functools.partial(self._recover_all, claim, 2 * pause))
 
     def _recover(self, queue: _Queue) -> None:
         for name, failed in queue.queue.recover(functools.partial(discovery.claim_is_dead, self.layout)):

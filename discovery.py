@@ -115,7 +115,7 @@ class Worker:
                 and all(key == "" or is_quoted(key) for key in worker.queues)
                 and all(isinstance(count, int) and count >= 0 for count in worker.queues.values())
             )
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is not a worker's entry: {error}") from None
         if not valid or path.name != f"worker_{worker.worker_id}.json":
             raise ValueError(f"{path} is not a worker's entry: a field is out of range")
@@ -168,6 +168,8 @@ def remake(layout: Layout) -> None:
     :raises OSError: they cannot be made.
     :raises DirectoryRefused: another configuration has taken the pipes directory.
     """
+    if _recorded(layout.config_path) == layout.pipes and _belongs(layout.pipes, layout.config_path):
+        return
     layout.registry.mkdir(mode=0o700, parents=True, exist_ok=True)
     with exclusive(layout.registry):
         layout.pipes.mkdir(mode=0o700, exist_ok=True)
@@ -303,11 +305,14 @@ def is_alive(fifo: Path) -> bool:
 
 
 @contextlib.contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Hold the directory's lock (flock(2)) against every other process; for what happens once in a process's life."""
+def exclusive(directory: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the directory's lock (flock(2)) against every other process; for what happens once in a process's life.
+
+    :raises BlockingIOError: somebody has it, and `wait` is false.
+    """
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)
@@ -385,8 +390,9 @@ def remove_dead(layout: Layout, worker_id: str) -> bool:
     """Remove what the last life of a worker id left: its entry, pipes, routes and bodies. Not its tasks.
 
     :return: whether there was no live one, so that the id is free.
+    :raises BlockingIOError: somebody registers just now; a process that was stopped while it did must not hold us up.
     """
-    with exclusive(layout.registry):
+    with exclusive(layout.registry, wait=False):
         return remove_dead_locked(layout, worker_id)
 
 
@@ -480,7 +486,8 @@ def cleanup_dead_processes(config_path: str | os.PathLike[str]) -> int:
     count = 0
     for worker in workers(layout):
         if not worker.is_alive(layout):
-            count += remove_dead(layout, worker.worker_id)
+            with contextlib.suppress(BlockingIOError):
+                count += remove_dead(layout, worker.worker_id)
     said = layout.registry / "coordinator.json"
     if said.exists() and coordinator(layout) is None:
         said.unlink(missing_ok=True)

@@ -224,7 +224,10 @@ class Poller:
     def poll(self, timeout: float | None) -> None:
         """Wait for events, for at most `timeout` seconds (`None`: as long as it takes), and handle them."""
         for key, mask in self._selector.select(timeout):
-            key.data(mask)
+            try:
+                key.data(mask)
+            except Exception:
+                _LOGGER.exception("An event could not be handled")
 
     def watch(self, descriptor: int, events: int, handler: Callable[[int], None]) -> None:
         """Call `handler` with the events that become ready; 0 events: no longer."""
@@ -394,12 +397,13 @@ class Writer:
         with self._lock:
             if self.dead:
                 raise BrokenPipeError(f"nobody reads {self.path}")
-            if not self.outbox:
+            was_empty = not self.outbox
+            if was_empty:
                 try:
                     os.write(self._descriptor, data)
                     return
                 except BlockingIOError:
-                    self._poller.call(self._watch)
+                    pass
                 except BrokenPipeError:
                     self.dead = True
                     raise
@@ -409,6 +413,8 @@ class Writer:
                 self.dropped += 1
                 discard(self.outbox.popleft(), self.path)
             self.outbox.append(data)
+            if was_empty:
+                self._poller.call(self._watch)
 
     def close(self) -> None:
         """Close it, and drop what is in the outbox. Only in the selector thread."""
@@ -426,10 +432,13 @@ class Writer:
             self._poller.watch(self._descriptor, events, self._ready)
 
     def _ready(self, mask: int) -> None:
+        if self not in self._poller.writers:
+            return  # Closed by the handler of another event of the same round; the number may be somebody else's now.
         if not mask & selectors.EVENT_READ:
             self._flush()
             return
-        self.dead = True
+        with self._lock:
+            self.dead = True
         if self._persistent:
             self._poller.watch(self._descriptor, 0, self._ready)
         self._on_death(self)

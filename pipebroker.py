@@ -110,15 +110,29 @@ class _Lane:
         self._thread: threading.Thread | None = None
         self._mutex = threading.Lock()
         self._busy = False
+        self._ended = False
 
     def put(self, job: Callable[[], object]) -> None:
         """Run a job after those that wait."""
+        if self._ended:
+            job()
+            return
         self._jobs.put(job)
         if self._thread is None:
             with self._mutex:
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                     self._thread.start()
+
+    def finish(self) -> None:
+        """Run the jobs that wait and then end; jobs that come later run where they come from."""
+        self.put(self._end)
+        if self._thread and self._thread is not threading.current_thread() and not self._busy:
+            self._thread.join(_FLUSH_SECONDS)
+
+    def _end(self) -> None:
+        self._ended = True
+        self._jobs.put(None)
 
     def is_empty(self) -> bool:
         """Say whether no job waits."""
@@ -131,7 +145,7 @@ class _Lane:
                 self._jobs.get_nowait()
         self._jobs.put(None)
         if self._thread and self._thread is not threading.current_thread() and not self._busy:
-            self._thread.join()
+            self._thread.join(_FLUSH_SECONDS)
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -408,7 +422,7 @@ class _Engine:
         self._poller.call(self._expire_held)
 
     def _forward(self, data: bytes) -> bool:
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):
             writer = self._writer(discovery.BROADCAST_INTAKE)
             if writer is not None:
                 writer.send(data)
@@ -435,9 +449,10 @@ class _Engine:
         if writer is not None and not writer.dead:
             return writer
         with self._mutex:
+            path, kept = self.layout.pipes / name, name == discovery.BROADCAST_INTAKE
             writer = self._writers.get(name)
-            if (writer is None or writer.dead) and not self._gone:
-                path, kept = self.layout.pipes / name, name == discovery.BROADCAST_INTAKE
+            # A dead one that is kept waits for the next coordinator's greeting.
+            if (writer is None or writer.dead and not kept) and not self._gone:
                 try:
                     writer = fifo.Writer(self._poller, path, self._on_death, drops_oldest=kept, persistent=kept)
                 except OSError as error:
@@ -488,7 +503,7 @@ class _Engine:
 
     def _on_ring(self, reader: fifo.Reader, frames: list[bytes]) -> None:
         for message in self._unpacked(reader, frames):
-            side, names = self.sides.get(message.get("queue", "")), message.get("names")
+            side, names = self.sides.get(str(message.get("queue"))), message.get("names")
             if side is not None and isinstance(names, list):
                 for name in names:
                     if discovery.is_quoted(name):
@@ -556,10 +571,9 @@ class _Engine:
 
     def _on_death(self, writer: fifo.Writer) -> None:
         if writer.path.name == discovery.BROADCAST_INTAKE:
-            with self._held_mutex:
-                deadline = time.monotonic() + BROADCASTS_KEPT_SECONDS
-                self._held.extendleft((deadline, data) for data in reversed(writer.outbox))
-                writer.outbox.clear()
+            self._keep(writer)
+            if discovery.is_alive(writer.path):
+                self._release_held()
             return
         if self._writers.get(writer.path.name) is writer:
             del self._writers[writer.path.name]
@@ -575,13 +589,25 @@ class _Engine:
                             kiwipy.DeliveryFailed("the recipient died or closed before it answered")
                         )
 
-    def _release_held(self) -> None:
+    def _keep(self, writer: fifo.Writer) -> None:
         with self._held_mutex:
-            old = self._writers.get(discovery.BROADCAST_INTAKE)
+            deadline = time.monotonic() + BROADCASTS_KEPT_SECONDS
+            self._held.extendleft((deadline, data) for data in reversed(writer.outbox))
+            writer.outbox.clear()
+
+    def _release_held(self) -> None:
+        """There is a coordinator: open its pipe anew, and send what was kept for it."""
+        old = self._writers.get(discovery.BROADCAST_INTAKE)
+        if old is not None and old.dead:
+            self._keep(old)
+            with self._mutex:
+                del self._writers[discovery.BROADCAST_INTAKE]
+            # The old one stays open until there is a new one: an unread pipe that nobody holds open loses its bytes.
+            self._writer(discovery.BROADCAST_INTAKE)
+            old.close()
+        with self._held_mutex:
             while self._held and self._forward(self._held[0][1]):
                 self._held.popleft()
-            if old is not None and old.dead and self._writers.get(discovery.BROADCAST_INTAKE) is not old:
-                old.close()
 
     def _expire_held(self) -> None:
         with self._held_mutex:
@@ -806,8 +832,9 @@ class _Engine:
         self.close_soon()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-            for lane in (self.tasks, self._messages, self._callbacks):
-                lane.stop()
+            self.tasks.stop()
+            self._messages.stop()
+            self._callbacks.finish()
 
     def abandon(self) -> None:
         """Close the descriptors of a forked child's copy, and touch nothing that the parent uses."""
@@ -823,14 +850,18 @@ class _Engine:
 
     def _tear_down(self) -> None:
         # From the outside in: first nobody gives us anything more, then we give back, then we vanish.
-        with self._mutex, contextlib.ExitStack() as steps:
-            steps.callback(self._fail_calls)
-            steps.callback(self._close_pipes)
-            steps.callback(self._poller.flush, _FLUSH_SECONDS)
-            steps.callback(self._leave)
+        # Without our mutex: a thread that settles a task holds the mutex of its claims, and then wants ours.
+        for step in (self._leave, functools.partial(self._poller.flush, _FLUSH_SECONDS), self._close_pipes):
+            try:
+                step()
+            except Exception:
+                _LOGGER.exception("Closing %s went wrong", self.worker_id)
+        self._fail_calls()
 
     def _leave(self) -> None:
-        for identifier in self.rpc:
+        with self._mutex:
+            identifiers = list(self.rpc)  # Whoever was about to subscribe has done so now, and nobody can any more.
+        for identifier in identifiers:
             discovery.release_route(self.layout, identifier, self.worker_id)
         if self._is_worker:
             self.layout.entry(self.worker_id).unlink(missing_ok=True)
@@ -840,7 +871,8 @@ class _Engine:
                 self.ring_task(side.key, name)
 
     def _close_pipes(self) -> None:
-        self._gone = True
+        with self._mutex:
+            self._gone = True
         for writer in list(self._poller.writers):
             writer.close()
         for readers in self._readers.values():
@@ -1374,9 +1406,7 @@ def _config() -> Any:
 
 
 def _logger() -> logging.Logger:
-    from aiida.common.log import AIIDA_LOGGER
-
-    return AIIDA_LOGGER.getChild("broker.namedpipe")
+    return logging.getLogger("aiida.broker.namedpipe")
 
 
 def _coordinator() -> Any:
