@@ -452,7 +452,7 @@ class _Engine:
             path, kept = self.layout.pipes / name, name == discovery.BROADCAST_INTAKE
             writer = self._writers.get(name)
             # A dead one that is kept waits for the next coordinator's greeting.
-            if (writer is None or writer.dead and not kept) and not self._gone:
+            if (writer is None or (writer.dead and not kept)) and not self._gone:
                 try:
                     writer = fifo.Writer(self._poller, path, self._on_death, drops_oldest=kept, persistent=kept)
                 except OSError as error:
