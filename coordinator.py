@@ -770,7 +770,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("tasks", help="list the tasks on disk, oldest first")
     command.add_argument("--state", choices=("waiting", "claimed", "completed", "failed"), help="only these")
     command.add_argument("--json", action="store_true", help="print JSON")
-    commands.add_parser("configure", help="point the AiiDA profile of this name at this broker")
+    command = commands.add_parser("configure", help="point the AiiDA profile of this name at this broker")
+    command.add_argument(
+        "--no-autostart", dest="autostart", action="store_false", help="start no coordinator when one is needed"
+    )
     command = commands.add_parser("requeue", help="move failed or completed tasks back to waiting")
     command.add_argument("task_ids", nargs="+", metavar="TASK_ID", help="as the command 'tasks' prints it")
     return parser
@@ -795,14 +798,14 @@ def main(arguments: list[str] | None = None) -> int:
         elif options.command == "status":
             return _print_status(status(config_path), options.json)
         elif options.command == "configure":
-            _configure(options.profile)
+            _configure(options.profile, options.autostart)
         elif options.command == "tasks":
             _print_tasks(tasks(config_path, options.state), options.json)
         else:
             unknown = [task_id for task_id in options.task_ids if not requeue(config_path, task_id)]
             if unknown:
                 raise CoordinatorError(f"no failed or completed task is called {', '.join(unknown)}")
-    except (CoordinatorError, OSError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         if ready is not None:
             os.write(ready, str(error).encode())
         print(f"coordinator.py: {error}", file=sys.stderr)
@@ -839,17 +842,17 @@ def _run(profile_name: str, config_path: Path, ready: int | None) -> None:
         raise
 
 
-def _configure(profile_name: str) -> None:
+def _configure(profile_name: str, autostart: bool) -> None:
     # The one command that needs AiiDA; nothing else here may, as that takes long to import.
     try:
         if TYPE_CHECKING or not __package__:
             import pipebroker
         else:
             from . import pipebroker
-        pipebroker.configure(profile_name)
+        pipebroker.configure(profile_name, autostart=autostart)
     except ImportError as error:
         raise CoordinatorError(f"AiiDA is not installed here: {error}") from error
-    print(f"Profile {profile_name} uses the named pipe broker.")
+    print(f"Profile {profile_name} uses the named pipe broker now. Restart its daemon if it runs.")
 
 
 def _print_status(answer: dict[str, Any], as_json: bool) -> int:

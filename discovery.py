@@ -456,7 +456,7 @@ def _swept(layout: Layout, path: Path, broadcasts_kept: float) -> bool:
             dead = path.name.startswith("route_") and _route_is_dead(path)
         if not dead:
             return False
-        with exclusive(layout.registry):
+        with exclusive(layout.registry, wait=False):
             if (stat.S_ISFIFO(status.st_mode) and is_alive(path)) or (receiver is None and not _is_orphan(path)):
                 return False
             path.unlink()
