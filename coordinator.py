@@ -601,31 +601,24 @@ def start(profile_name: str, config_path: str | os.PathLike[str]) -> int:
     """
     read_end, write_end = os.pipe()
     # Run as a script even from inside a package: it needs nothing of the package, which may be large.
-    command = [
-        sys.executable,
-        os.path.abspath(__file__),
-        "--profile",
-        profile_name,
-        "--config-path",
-        os.fspath(config_path),
-    ]
+    command = [sys.executable, os.path.abspath(__file__), "--profile", profile_name]
+    command += ["--config-path", os.path.abspath(config_path), "--ready-descriptor", str(write_end)]
     with open(read_end) as answer:
         process = subprocess.Popen(
-            [*command, "--ready-descriptor", str(write_end)],
+            command,
             pass_fds=(write_end,),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            cwd="/",
         )
         os.close(write_end)
         said = answer.read()
-    if said != "ready":
-        status = process.wait()
+    status = process.wait()
+    if not said.startswith("ready "):
         raise CoordinatorError(said or f"the coordinator ended with status {status} before it served")
-    # It outlives us on purpose; without this, Popen's finalizer would warn about that.
-    process.returncode = 0
-    return process.pid
+    return int(said.split()[1])
 
 
 def stop(config_path: str | os.PathLike[str]) -> int | None:
@@ -816,6 +809,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(profile_name: str, config_path: Path, ready: int | None) -> None:
+    if ready is not None and os.fork():
+        os._exit(0)  # So that it is nobody's child: it outlives whoever started it, and whoever kills all its children.
     coordinator = PipeCoordinator(profile_name, config_path)
     log = coordinator.layout.queue / "coordinator.log"
     handlers: list[logging.Handler] = [
@@ -832,7 +827,7 @@ def _run(profile_name: str, config_path: Path, ready: int | None) -> None:
 
     def on_ready() -> None:
         if ready is not None:
-            os.write(ready, b"ready")
+            os.write(ready, f"ready {os.getpid()}".encode())
             os.close(ready)
 
     try:

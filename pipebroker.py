@@ -374,11 +374,10 @@ class _Engine:
         future = None if correlation_id is None else self._expect(correlation_id, None)
         task_id = taskqueue.new_id()
         try:
-            side.queue.put(task_id, text)
+            side.queue.put(task_id, text, lambda: self.ring_task(side.key, task_id))
         except BaseException:
             self._calls.pop(correlation_id or "", None)
             raise
-        self.ring_task(side.key, task_id)
         return future
 
     def send_rpc(self, recipient: Any, body: Any) -> _Reply:

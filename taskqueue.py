@@ -10,7 +10,7 @@ caller. So any process may die at any instant, and the next one reads from the d
     failed/task_{id}.json                        given up on; task_{id}.reason says why
 
 Rules:
-- A task appears under its name only when it is whole, and on the disk itself before `TaskQueue.put` returns.
+- A task appears under its name only when it is whole, and is on the disk itself before `TaskQueue.put` returns.
 - Whoever gets the lock of a claim directory may give its tasks back, and nobody else. A worker that dies while it holds
   a task leaves it with one more death in its name: ``task_{id}.{deaths}.json``.
 - ``id`` sorts by time of submission, and strictly within one process, even if the clock steps back.
@@ -107,34 +107,38 @@ class TaskQueue:
         """Return where a task is kept in a state: '' (waiting), 'completed', 'failed' or 'claimed/…'."""
         return self.directory / state / f"task_{name}.json"
 
-    def put(self, task_id: str, text: str) -> None:
-        """Add a task: when this returns, it is on the disk.
+    def put(self, task_id: str, text: str, announce: Callable[[], None]) -> None:
+        """Add a task: when this returns, it would survive a loss of power.
 
         :param text: its JSON document, with ``body``, ``no_reply``, ``reply_to`` and ``correlation_id``.
+        :param announce: called once a worker may claim the task, while the disk still writes. Until `put` returns, a
+            loss of power may leave the task, half of it or nothing; a worker finds it whole.
         :raises OSError: it could not be written, and nothing is left of it.
         """
-        draft = self.directory / f".{task_id}"
+        path, draft = self.path(task_id), self.directory / f".{task_id}"
         try:
-            try:
-                self._write(draft, text)
-            except FileNotFoundError:
-                self._make()
-                self._write(draft, text)
-            os.rename(draft, self.path(task_id))
-            if self._fsync:
-                _fsync_directory(self.directory)
+            descriptor = self._create(draft)
+            with open(descriptor, "wb", buffering=0) as file:
+                data = memoryview(text.encode())
+                while data:
+                    data = data[file.write(data) :]
+                os.rename(draft, path)
+                announce()
+                if self._fsync:
+                    os.fsync(descriptor)
+                    _fsync_directory(self.directory)
         except OSError:
-            for path in (draft, self.path(task_id)):
-                path.unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             raise
 
-    def _write(self, path: Path, text: str) -> None:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb", buffering=0) as file:
-            data = memoryview(text.encode())
-            while data:
-                data = data[file.write(data) :]
-            if self._fsync:
-                os.fsync(file.fileno())
+    def _create(self, path: Path) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        try:
+            return os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            self._make()  # Somebody has removed the directory.
+            return os.open(path, flags, 0o600)
 
     def _make(self) -> None:
         for state in ("claimed", "completed", "failed"):

@@ -1,0 +1,503 @@
+"""The broker under real AiiDA: its daemon, storage and commands, no mocks; each test has an AIIDA_PATH of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("aiida") is None:
+    pytest.skip("aiida-core is not installed", allow_module_level=True)
+
+HERE = Path(__file__).resolve().parent
+AIIDA = Path(importlib.util.find_spec("aiida").origin).parent
+RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+PRELUDE = """
+import json, os, sys, time
+from aiida import load_profile, orm
+from aiida.engine import submit
+from aiida.manage import get_manager
+from aiida.plugins import CalculationFactory, WorkflowFactory
+load_profile()
+manager = get_manager()
+
+def code():
+    found = orm.QueryBuilder().append(orm.InstalledCode).first(flat=True)
+    return found or orm.InstalledCode(
+        label='bash', computer=orm.load_computer('localhost'), filepath_executable='/bin/bash',
+        default_calc_job_plugin='core.arithmetic.add',
+    ).store()
+
+def add(x, prepend=''):
+    options = {'resources': {'num_machines': 1}, 'prepend_text': prepend}
+    inputs = {'code': code(), 'x': orm.Int(x), 'y': orm.Int(1), 'metadata': {'options': options}}
+    return submit(CalculationFactory('core.arithmetic.add'), **inputs).pk
+
+def chain(x):
+    return submit(
+        WorkflowFactory('core.arithmetic.multiply_add'), x=orm.Int(x), y=orm.Int(2), z=orm.Int(3), code=code()
+    ).pk
+
+def answer(value):
+    print('ANSWER', json.dumps(value), flush=True)
+"""
+
+
+@dataclass
+class Aiida:
+    """An AiiDA profile in a directory of its own."""
+
+    home: Path
+    env: dict[str, str]
+    profile: str
+    vendored: bool
+
+    @property
+    def config_path(self) -> Path:
+        return self.home / ".aiida" / "profiles" / self.profile
+
+    def verdi(self, *arguments: str, status: int = 0) -> str:
+        result = subprocess.run(
+            ["verdi", *arguments], env=self.env, capture_output=True, text=True, timeout=120, cwd=self.home
+        )
+        assert result.returncode == status, f"{arguments}: {result.returncode}\n{result.stdout}\n{result.stderr}"
+        return result.stdout + result.stderr
+
+    def coordinator(self, *arguments: str, status: int = 0) -> str:
+        """Run `verdi coordinator` or, where that is not there, `aiida-coordinator`."""
+        if self.vendored:
+            return self.verdi("coordinator", *arguments, status=status)
+        result = subprocess.run(
+            [
+                "aiida-coordinator", "--profile", self.profile, "--config-path", str(self.config_path), *arguments,
+            ],
+            env=self.env, capture_output=True, text=True, timeout=60, cwd=self.home,
+        )  # fmt: skip
+        assert result.returncode == status, f"{arguments}: {result.returncode}\n{result.stdout}\n{result.stderr}"
+        return result.stdout + result.stderr
+
+    def python(self, script: str) -> Any:
+        """Run a script after `PRELUDE`; return what it gave to `answer`."""
+        result = subprocess.run(
+            [sys.executable, "-c", PRELUDE + script], env=self.env, capture_output=True, text=True, timeout=300,
+            cwd=self.home,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stdout + result.stderr
+        answers = [line.removeprefix("ANSWER ") for line in result.stdout.splitlines() if line.startswith("ANSWER ")]
+        return json.loads(answers[-1]) if answers else None
+
+    def submit(self, calculations: int, chains: int = 0, prepend: str = "") -> list[int]:
+        return self.python(
+            f"answer([add(i, {prepend!r}) for i in range({calculations})] + [chain(i) for i in range({chains})])"
+        )
+
+    def wait(self, pks: list[int], seconds: float) -> None:
+        """Wait until the processes have finished, with exit status 0."""
+        script = f"""
+nodes, end = [orm.load_node(pk) for pk in {pks}], time.monotonic() + {seconds}
+while not all(node.is_terminated for node in nodes) and time.monotonic() < end:
+    time.sleep(0.2)
+answer([[node.pk, node.process_state.value, node.exit_status] for node in nodes])
+"""
+        rows = self.python(script)
+        assert [row for row in rows if row[1:] != ["finished", 0]] == []
+
+    def workers(self) -> list[int]:
+        """Return the pids of the daemon's workers."""
+        info = self.python("answer(manager.get_daemon_client().get_worker_info())")["info"]
+        return [int(pid) for pid in info]
+
+    def coordinator_pid(self) -> int:
+        return int(json.loads((self.config_path / "pipes" / "coordinator.json").read_text())["pid"])
+
+    def repaired(self) -> bool:
+        return "No inconsistencies" in self.verdi("process", "repair")
+
+    def tasks(self) -> list[Path]:
+        return sorted((self.config_path / "coordinator").glob("task_*.json"))
+
+
+def until(condition: Any, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come true in time"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module", params=["vendored", "plugin"])
+def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bool]:
+    """A directory of packages that goes before the installed ones: an AiiDA with the broker in it, or the plugin."""
+    directory = tmp_path_factory.mktemp("site")
+    if request.param == "vendored":
+        shutil.copytree(AIIDA, directory / "aiida")
+        metadata = next(AIIDA.parent.glob("aiida_core-*.dist-info"))
+        shutil.copytree(metadata, directory / metadata.name)
+        subprocess.run([sys.executable, HERE / "vendor.py", directory / "aiida"], check=True)
+    else:
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(directory), str(HERE)]
+        subprocess.run(pip, check=True)
+    return directory, request.param == "vendored"
+
+
+@pytest.fixture
+def aiida(site: tuple[Path, bool], tmp_path: Path) -> Iterator[Aiida]:
+    directory, vendored = site
+    env = {
+        **os.environ,
+        "AIIDA_PATH": str(tmp_path),
+        "PYTHONPATH": str(directory),
+        "PATH": os.pathsep.join([str(directory / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONWARNINGS": "ignore",
+    }
+    profile = f"test-{uuid.uuid4().hex[:8]}"
+    instance = Aiida(tmp_path, env, profile, vendored)
+    without = ["--no-broker"] if "--no-broker" in instance.verdi("presto", "--help") else []
+    instance.verdi("presto", "--non-interactive", "--profile-name", profile, *without)
+    instance.coordinator("configure")
+    try:
+        yield instance
+    finally:
+        if (tmp_path / ".aiida" / "daemon" / f"circus-{profile}.pid").exists():
+            instance.verdi("daemon", "stop")
+        instance.coordinator("stop")
+        shutil.rmtree(f"/tmp/aiida_{profile}_pipes", ignore_errors=True)
+
+
+def test_commands(aiida: Aiida) -> None:
+    assert "not running" in aiida.coordinator("status", status=3)
+    aiida.coordinator("start")
+    first = aiida.coordinator_pid()
+    assert str(first) in aiida.coordinator("status")
+    status = aiida.verdi("status")
+    assert "✔ broker" in status and str(first) in status
+    aiida.coordinator("restart")
+    assert aiida.coordinator_pid() != first
+    aiida.coordinator("stop")
+    assert "not running" in aiida.coordinator("status", status=3)
+    assert "✔ broker" in aiida.verdi("status")
+    assert str(aiida.coordinator_pid()) in aiida.coordinator("status")
+
+
+def test_commands_without_autostart(aiida: Aiida) -> None:
+    config = aiida.home / ".aiida" / "config.json"
+    document = json.loads(config.read_text())
+    document["profiles"][aiida.profile]["process_control"]["config"] = {"autostart": False}
+    config.write_text(json.dumps(document))
+    status = aiida.verdi("status")
+    assert "coordinator <not running>" in status and "tasks wait on the disk" in status
+    assert "not running" in aiida.coordinator("status", status=3)
+
+
+def test_one_coordinator_however_many_ask(aiida: Aiida) -> None:
+    ask = PRELUDE + "manager.get_communicator(); answer(manager.get_broker().probe_service_status()['pid'])"
+    asking = [
+        subprocess.Popen([sys.executable, "-c", ask], env=aiida.env, stdout=subprocess.PIPE, text=True)
+        for _ in range(5)
+    ]
+    assert len({process.communicate(timeout=60)[0] for process in asking}) == 1
+    assert aiida.coordinator_pid()
+
+
+def test_processes_finish_and_chains_do_not_poll(aiida: Aiida) -> None:
+    aiida.verdi("config", "set", "runner.poll.interval", "3600")
+    aiida.verdi("daemon", "start", "2")
+    aiida.wait(aiida.submit(50, 10), 180)
+    aiida.verdi("daemon", "stop")
+    assert aiida.repaired()
+
+
+def test_control(aiida: Aiida) -> None:
+    aiida.verdi("daemon", "start", "2")
+    answers = aiida.python("""
+from plumpy.futures import unwrap_kiwi_future
+pk = add(1, 'sleep 60')
+node = orm.load_node(pk)
+while node.get_state() is None or node.get_state().value != 'withscheduler':
+    time.sleep(0.1)
+controller, taken = manager.get_process_controller(), []
+for action in (controller.pause_process, controller.play_process, controller.kill_process):
+    start = time.monotonic()
+    done = unwrap_kiwi_future(action(pk)).result(10)
+    taken.append([done, time.monotonic() - start])
+while not node.is_terminated:
+    time.sleep(0.1)
+answer([taken, node.process_state.value])
+""")
+    taken, state = answers
+    assert [done for done, _ in taken] == [True, True, True]
+    assert max(seconds for _, seconds in taken) < 1
+    assert state == "killed"
+
+
+def test_process_of_a_dead_worker_is_unreachable_at_once(aiida: Aiida) -> None:
+    # Not under circus, which would replace the worker before we could look.
+    log = (aiida.home / "worker.log").open("w")
+    worker = subprocess.Popen(["verdi", "daemon", "worker"], env=aiida.env, stdout=log, stderr=log)
+    try:
+        (pk,) = aiida.submit(1, prepend="sleep 60")
+        route = Path(f"/tmp/aiida_{aiida.profile}_pipes/route_{pk}")
+        until(lambda: os.path.lexists(route) and list(aiida.config_path.glob("coordinator/claimed/*/task_*")), 20)
+    finally:
+        worker.kill()
+        worker.wait()
+    seconds = aiida.python(f"""
+import kiwipy
+start = time.monotonic()
+try:
+    manager.get_process_controller().pause_process({pk})
+except kiwipy.UnroutableError:
+    answer(time.monotonic() - start)
+""")
+    assert seconds < 1
+    assert "unreachable" in aiida.verdi("process", "kill", str(pk))
+
+
+def test_worker_killed(aiida: Aiida) -> None:
+    aiida.verdi("daemon", "start", "2")
+    ran = aiida.home / "ran"
+    pks = aiida.submit(10, 2, prepend=f"echo $PWD >> {ran}; sleep 8")
+    # A worker killed inside a process function leaves a node that runs for ever, with any broker.
+    aiida.python("""
+while sum(node.is_finished for node in orm.QueryBuilder().append(orm.CalcFunctionNode).all(flat=True)) < 2:
+    time.sleep(0.1)
+""")
+    victim = aiida.workers()[0]
+    until(lambda: list(aiida.config_path.glob(f"coordinator/claimed/{victim}-*/task_*")), 10)
+    os.kill(victim, signal.SIGKILL)
+    aiida.wait(pks, 120)
+    jobs = ran.read_text().split()
+    assert len(jobs) == len(set(jobs)) == 10
+    aiida.verdi("daemon", "stop")
+    assert aiida.repaired()
+
+
+def test_coordinator_killed(aiida: Aiida) -> None:
+    aiida.verdi("daemon", "start", "2")
+    before = aiida.submit(5, 2, prepend="sleep 2")
+    first = aiida.coordinator_pid()
+    os.kill(first, signal.SIGKILL)
+    after = aiida.submit(5, 2)
+    aiida.wait(before + after, 120)
+    assert aiida.coordinator_pid() != first
+    aiida.verdi("daemon", "stop")
+    assert aiida.repaired()
+
+
+def test_coordinator_killed_while_chains_run(aiida: Aiida) -> None:
+    """Nobody asks for a communicator here but the workers have one: they see to it themselves."""
+    aiida.verdi("config", "set", "runner.poll.interval", "3600")
+    aiida.verdi("daemon", "start", "2")
+    pks = aiida.submit(0, 4)
+    os.kill(aiida.coordinator_pid(), signal.SIGKILL)
+    aiida.wait(pks, 60)
+
+
+def test_submitted_while_the_daemon_is_down(aiida: Aiida) -> None:
+    aiida.verdi("daemon", "start", "1")
+    aiida.verdi("daemon", "stop")
+    pks = aiida.submit(5, 1)
+    aiida.verdi("daemon", "start", "1")
+    aiida.wait(pks, 60)
+
+
+@pytest.mark.parametrize("coordinator", ["up", "down"])
+def test_repair(aiida: Aiida, coordinator: str) -> None:
+    pks = aiida.submit(3)
+    if coordinator == "down":
+        aiida.coordinator("stop")
+    assert aiida.repaired()
+    tasks = {json.loads(task.read_text())["body"]["args"]["pid"]: task for task in aiida.tasks()}
+    tasks[pks[0]].unlink()
+    assert f"Revived process `{pks[0]}`" in aiida.verdi("process", "repair")
+    assert aiida.repaired()
+    # A second task of an active process: repair reports it, and the worker that gets it drops it (AiiDA's launcher).
+    shutil.copy(tasks[pks[1]], tasks[pks[1]].with_name(f"task_{'9' * 20}-copy.json"))
+    assert "There are duplicates" in aiida.verdi("process", "repair")
+    aiida.verdi("daemon", "start", "2")
+    aiida.wait(pks, 60)
+    until(lambda: not aiida.tasks() and not list(aiida.config_path.glob("coordinator/claimed/*/task_*")), 20)
+    aiida.verdi("daemon", "stop")
+    assert aiida.repaired()
+    # A task of a process that has ended: repair removes it.
+    done = next((aiida.config_path / "coordinator" / "completed").glob("task_*.json"))
+    shutil.copy(done, aiida.config_path / "coordinator" / f"task_{'9' * 20}-stale.json")
+    assert "Acknowledged task" in aiida.verdi("process", "repair")
+    assert aiida.repaired()
+
+
+def test_repair_sees_tasks_of_a_dead_worker(aiida: Aiida) -> None:
+    log = (aiida.home / "worker.log").open("w")
+    worker = subprocess.Popen(["verdi", "daemon", "worker"], env=aiida.env, stdout=log, stderr=log)
+    try:
+        aiida.submit(1, prepend="sleep 5")
+        until(lambda: list(aiida.config_path.glob("coordinator/claimed/*/task_*")), 20)
+        os.kill(aiida.coordinator_pid(), signal.SIGKILL)
+    finally:
+        worker.kill()
+        worker.wait()
+    assert aiida.repaired()
+
+
+def test_values_that_json_lacks(aiida: Aiida) -> None:
+    same = aiida.python("""
+import datetime
+from plumpy import ProcessState
+communicator, node = manager.get_communicator(), orm.Int(5).store()
+sent = {'state': ProcessState.FINISHED, 'time': datetime.datetime.now(), 'text': 'x'}
+communicator.add_rpc_subscriber(lambda _, body: body, 'echo')
+received = communicator.rpc_send('echo', {**sent, 'node': node}).result(5)
+# A node belongs to the database session of the thread that loaded it, so only its identity is compared.
+answer(received.pop('node').uuid == node.uuid and received == sent)
+""")
+    assert same is True
+
+
+@pytest.fixture
+def rabbitmq(tmp_path: Path) -> Iterator[int]:
+    """A RabbitMQ of our own, on the loopback interface only; gives its port."""
+    if not RABBITMQ.exists():
+        pytest.skip("rabbitmq-server is not installed")
+    home, port = tmp_path / "rabbitmq", 20000 + os.getpid() % 10000
+    home.mkdir()
+    (home / "rabbitmq.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{port}\nconsumer_timeout = 36000000000\n")
+    env = {
+        **os.environ,
+        "HOME": str(home),
+        "RABBITMQ_NODENAME": f"test{port}@localhost",
+        "RABBITMQ_MNESIA_BASE": f"{home}/mnesia",
+        "RABBITMQ_LOG_BASE": f"{home}/log",
+        "RABBITMQ_CONFIG_FILE": f"{home}/rabbitmq.conf",
+        "RABBITMQ_CONF_ENV_FILE": f"{home}/none",
+        "RABBITMQ_ENABLED_PLUGINS_FILE": f"{home}/enabled_plugins",
+        "RABBITMQ_GENERATED_CONFIG_DIR": f"{home}/config",
+        "RABBITMQ_FEATURE_FLAGS_FILE": f"{home}/feature_flags",
+        "RABBITMQ_PID_FILE": f"{home}/pid",
+        "RABBITMQ_DIST_PORT": str(port + 20000),
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+        "ERL_EPMD_ADDRESS": "127.0.0.1",
+        "ERL_EPMD_PORT": str(port + 1),
+    }
+    # The server would start a port mapper that outlives it.
+    mapper = subprocess.Popen(["epmd"], env=env)
+    server = subprocess.Popen([RABBITMQ], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until(lambda: f"127.0.0.1:{port}" in _connectable(port), 60)
+        yield port
+    finally:
+        server.terminate()
+        server.wait(30)
+        mapper.kill()
+        mapper.wait()
+
+
+def _connectable(port: int) -> str:
+    import socket
+
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+        return f"127.0.0.1:{port}"
+    return ""
+
+
+def test_to_rabbitmq_and_back(aiida: Aiida, rabbitmq: int) -> None:
+    aiida.verdi("config", "set", "warnings.rabbitmq_version", "False")
+    newer = "configure-broker" in aiida.verdi("profile", "--help")
+    configure = ["configure-broker", "core.rabbitmq", "-n"] if newer else ["configure-rabbitmq"]
+    aiida.verdi("daemon", "start", "2")
+    pks = aiida.submit(4, 2, prepend="sleep 8")
+    time.sleep(2)
+    aiida.verdi("daemon", "stop")
+    aiida.verdi("profile", *configure, "--broker-port", str(rabbitmq), aiida.profile)
+    assert "Revived process" in aiida.verdi("process", "repair")
+    aiida.verdi("daemon", "start", "2")
+    pks += aiida.submit(4, 2, prepend="sleep 8")
+    time.sleep(2)
+    aiida.verdi("daemon", "stop")
+    aiida.coordinator("configure")
+    aiida.verdi("process", "repair")
+    aiida.verdi("daemon", "start", "2")
+    aiida.wait(pks, 120)
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def vendor(*arguments: object) -> int:
+    return subprocess.run([sys.executable, HERE / "vendor.py", *map(str, arguments)], capture_output=True).returncode
+
+
+@pytest.fixture(params=["source", "installed"])
+def tree(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of AiiDA: the directory that holds all of it, and the path for vendor.py."""
+    package = tmp_path / "src" / "aiida" if request.param == "source" else tmp_path / "aiida"
+    shutil.copytree(AIIDA, package, ignore=shutil.ignore_patterns("__pycache__"))
+    if request.param == "source":
+        broker = "'core.rabbitmq' = 'aiida.brokers.rabbitmq.broker:RabbitmqBroker'"
+        (tmp_path / "pyproject.toml").write_text(
+            f"[project]\nname = 'aiida-core'\n\n[project.entry-points.'aiida.brokers']\n{broker}\n"
+        )
+        return tmp_path, tmp_path
+    metadata = next(AIIDA.parent.glob("aiida_core-*.dist-info"))
+    shutil.copytree(metadata, tmp_path / metadata.name)
+    return tmp_path, package
+
+
+def test_vendor_round_trip(tree: tuple[Path, Path]) -> None:
+    root, path = tree
+    before = checksums(root)
+    assert vendor(path, "--check") == 1
+    assert checksums(root) == before
+    assert vendor(path) == 0
+    copied = checksums(root)
+    assert len(copied) == len(before) + 7
+    assert vendor(path) == 0
+    assert checksums(root) == copied
+    assert vendor(path, "--check") == 0
+    assert vendor(path, "--remove") == 0
+    assert checksums(root) == before
+    assert not list(root.rglob("*namedpipe*"))
+    assert vendor(path, "--remove") == 0
+    assert checksums(root) == before
+
+
+@pytest.mark.parametrize("what", ["foreign file", "foreign command", "no anchor", "symlink", "other entry point"])
+def test_vendor_stops_before_the_first_change(tree: tuple[Path, Path], what: str) -> None:
+    root, path = tree
+    package = next(root.rglob("brokers")).parent
+    commands = package / "cmdline" / "commands"
+    entry_points = next(iter([*root.glob("*.dist-info/entry_points.txt"), root / "pyproject.toml"]))
+    if what == "foreign file":
+        (package / "brokers" / "namedpipe").mkdir()
+        (package / "brokers" / "namedpipe" / "notes.txt").write_text("mine")
+    elif what == "foreign command":
+        (commands / "cmd_coordinator.py").write_text("mine")
+    elif what == "no anchor":
+        (commands / "__init__.py").write_text("")
+    elif what == "symlink":
+        (package / "brokers" / "namedpipe").symlink_to(commands)
+    else:
+        text = entry_points.read_text()
+        other = "'core.namedpipe' = 'x:Y'" if entry_points.suffix == ".toml" else "core.namedpipe=x:Y"
+        line = next(line for line in text.splitlines() if "aiida.brokers" in line and line.startswith("["))
+        entry_points.write_text(text.replace(line, f"{line}\n{other}"))
+    before = checksums(root)
+    assert vendor(path) == 2
+    assert checksums(root) == before

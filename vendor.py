@@ -1,0 +1,226 @@
+"""Copy the named pipe broker into AiiDA, or remove it again.
+
+    python vendor.py PATH             copy it, or bring a copy up to date
+    python vendor.py PATH --check     say whether a copy is up to date (exit status 1: no)
+    python vendor.py PATH --remove    leave the tree as it was, byte for byte
+
+PATH is an AiiDA source tree, or the directory of the installed `aiida` package.
+
+Strategy: work out first what every file is to hold, from what it holds now; stop if anything is not as expected; only
+then write. A file that AiiDA has is changed by whole lines only, so taking out the same lines restores it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+MODULES = ("discovery.py", "fifo.py", "taskqueue.py", "pipebroker.py", "coordinator.py")
+BROKER = "aiida.brokers.namedpipe.pipebroker:PipeBroker"
+MARK = b"# Copied by vendor.py of aiida-namedpipe: change it there, not here.\n"
+
+Content = bytes | None
+"""What a file holds; `None`: there is no such file."""
+
+
+class Unexpected(Exception):
+    """The target is not as it should be, so nothing was changed."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that the broker adds to one of AiiDA's files."""
+
+    text: bytes
+    after: bytes
+
+    def add(self, path: Path, content: bytes) -> bytes:
+        """Return the content with the line.
+
+        :raises Unexpected: the line it comes after is not there, or not only once.
+        """
+        lines = content.splitlines(keepends=True)
+        if self.text in lines:
+            return content
+        key = self.text.split(b"=")[0].strip()
+        if any(line.split(b"=")[0].strip() == key for line in lines):
+            raise Unexpected(f"{path} has another line for {key.decode()}")
+        if lines.count(self.after) != 1:
+            raise Unexpected(f"{path} should have one line {self.after.decode().strip()!r}")
+        lines.insert(lines.index(self.after) + 1, self.text)
+        return b"".join(lines)
+
+    def remove(self, content: bytes) -> bytes:
+        """Return the content without the line."""
+        return b"".join(line for line in content.splitlines(keepends=True) if line != self.text)
+
+
+class Target:
+    """An AiiDA to copy into."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        :raises Unexpected: it is no AiiDA, or not one that this broker knows how to get into.
+        """
+        source = path / "src" / "aiida"
+        self.package = source if source.is_dir() else path
+        if not (self.package / "brokers" / "broker.py").is_file():
+            raise Unexpected(f"{path} is neither a source tree nor an installed package of AiiDA 2.6 or newer")
+        self.copy = self.package / "brokers" / "namedpipe"
+        self.command = self.package / "cmdline" / "commands" / "cmd_coordinator.py"
+        self.lines = {self.command.with_name("__init__.py"): Line(b"    cmd_coordinator,\n", b"    cmd_config,\n")}
+        self.record: Path | None = None
+        if source.is_dir():
+            self.lines[path / "pyproject.toml"] = Line(
+                f"'core.namedpipe' = '{BROKER}'\n".encode(), b"[project.entry-points.'aiida.brokers']\n"
+            )
+            return
+        metadata = list(path.parent.glob("aiida_core-*.dist-info"))
+        if len(metadata) != 1:
+            raise Unexpected(f"{path.parent} should have one aiida_core-*.dist-info, not {len(metadata)}")
+        self.lines[metadata[0] / "entry_points.txt"] = Line(f"core.namedpipe={BROKER}\n".encode(), b"[aiida.brokers]\n")
+        self.record = metadata[0] / "RECORD"
+
+    def files(self) -> dict[Path, bytes]:
+        """Return the files that are the broker's own, with what they are to hold."""
+        files = {self.copy / name: MARK + (HERE / name).read_bytes() for name in MODULES}
+        files[self.copy / "__init__.py"] = MARK + (HERE / "package" / "__init__.py").read_bytes()
+        files[self.command] = MARK + (HERE / "package" / "cmd_coordinator.py").read_bytes()
+        return files
+
+    def with_broker(self) -> dict[Path, Content]:
+        """Return what every file is to hold with the broker in it, in the order in which to write them."""
+        self._refuse_foreign()
+        changed: dict[Path, Content] = {**self.files()}
+        changed.update({path: line.add(path, _read(path)) for path, line in self.lines.items()})
+        return self._with_record(changed)
+
+    def without_broker(self) -> dict[Path, Content]:
+        """Return what every file is to hold without the broker, in the order in which to write them."""
+        self._refuse_foreign()
+        changed: dict[Path, Content] = {path: line.remove(_read(path)) for path, line in self.lines.items()}
+        changed.update(dict.fromkeys(self.files()))
+        return self._with_record(changed)
+
+    def remove_leavings(self) -> None:
+        """Remove what Python made of the broker's files, and the directory."""
+        for compiled in (self.command.parent / "__pycache__").glob(f"{self.command.stem}.*.pyc"):
+            compiled.unlink()
+        shutil.rmtree(self.copy / "__pycache__", ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            self.copy.rmdir()
+
+    def _refuse_foreign(self) -> None:
+        files = self.files()
+        present = set(self.copy.iterdir()) if self.copy.is_dir() else set()
+        for path in sorted(present - {self.copy / "__pycache__"} | {self.command, self.copy, *self.lines}):
+            if path.is_symlink():
+                raise Unexpected(f"{path} is a symlink")
+            own = path in files and path.is_file() and path.read_bytes().startswith(MARK)
+            if path in present | {self.command} and path.exists() and not own:
+                raise Unexpected(f"{path} is there, and did not come from here")
+
+    def _with_record(self, changed: dict[Path, Content]) -> dict[Path, Content]:
+        """Add what the installer's RECORD is to hold, so that uninstalling AiiDA leaves nothing behind."""
+        if self.record is None:
+            return changed
+        record = _read(self.record)
+        end = b"\r\n" if record.endswith(b"\r\n") else b"\n"
+        own = self.files()
+        for path, after in changed.items():
+            before = path.read_bytes() if path.exists() else None
+            old, new = self._entry(path, before) + end, self._entry(path, after) + end
+            if path in own:
+                record = record.replace(old, b"") if before is not None else record
+                record += new if after is not None else b""
+            else:
+                record = record.replace(old, new)
+        return {**changed, self.record: record}
+
+    def _entry(self, path: Path, content: Content) -> bytes:
+        name = path.relative_to(self.package.parent).as_posix()
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content or b"").digest()).rstrip(b"=")
+        return b"%s,sha256=%s,%d" % (name.encode(), digest, len(content or b""))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Unexpected(f"{path} cannot be read: {error.strerror}") from error
+
+
+def outdated(contents: dict[Path, Content]) -> list[Path]:
+    """Return the files that do not hold what they are to hold."""
+    return [path for path, content in contents.items() if (path.read_bytes() if path.exists() else None) != content]
+
+
+def write(contents: dict[Path, Content], say: Callable[[str], None]) -> None:
+    """Make the files hold what they are to hold.
+
+    :raises Unexpected: one of them cannot be written; nothing was changed.
+    """
+    paths = outdated(contents)
+    for path in paths:
+        parent = path.parent if path.parent.exists() else path.parent.parent
+        if not os.access(parent, os.W_OK):
+            raise Unexpected(f"{parent} is not writable")
+    for path in paths:
+        content = contents[path]
+        if content is None:
+            path.unlink()
+            say(f"removed {path}")
+            continue
+        path.parent.mkdir(exist_ok=True)
+        # Never in place: installers such as uv and conda hard-link installed files to their cache.
+        descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        if path.exists():
+            shutil.copymode(path, draft)
+        else:
+            os.chmod(draft, 0o644)
+        os.replace(draft, path)
+        say(f"wrote {path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    summary, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", type=Path, metavar="PATH", help="source tree, or installed package, of AiiDA")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="change nothing; exit status 1 if not up to date")
+    mode.add_argument("--remove", action="store_true", help="remove the broker")
+    arguments = parser.parse_args(argv)
+    try:
+        target = Target(arguments.path.resolve())
+        if arguments.check:
+            paths = outdated(target.with_broker())
+            print("\n".join(f"not up to date: {path}" for path in paths) or "up to date")
+            return 1 if paths else 0
+        write(target.without_broker() if arguments.remove else target.with_broker(), print)
+        if arguments.remove:
+            target.remove_leavings()
+        elif target.record is None:
+            print("AiiDA finds the broker once this tree is installed (again): pip install -e .")
+    except Unexpected as error:
+        print(f"vendor.py: {error}; nothing was changed", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
