@@ -41,6 +41,18 @@ worker = communicator()
 worker.add_task_subscriber(lambda _, body: os.write(record, f"{body}\\n".encode()))
 print("ready"); sys.stdin.read(); worker.close()
 """
+# Holds whatever it gets for ever.
+HOLDER = """
+worker = communicator(arguments[0])
+worker.add_task_subscriber(lambda *_: kiwipy.Future())
+worker.add_rpc_subscriber(lambda *_: kiwipy.Future(), arguments[0])
+print("ready"); sys.stdin.read()
+"""
+PULLER = """
+tasks = iter(communicator(arguments[0]).task_queue("kiwipy.tasks"))
+task = next(tasks)
+print("ready"); sys.stdin.read()
+"""
 SENDER = """
 print("ready"); sys.stdin.readline()
 with communicator(fsync=False) as sender:
@@ -216,12 +228,11 @@ def test_idle_worker_gets_what_a_stopped_one_was_rung_for(served: Broker) -> Non
 
 
 def test_tasks_of_a_killed_worker_are_done_by_another(served: Broker) -> None:
-    child = served.child(
-        "w = communicator('doomed'); w.add_task_subscriber(lambda *_: kiwipy.Future()); print('ready'); sys.stdin.read()"
-    )
+    child = served.child(HOLDER, "doomed")
     sender = served.communicator()
     pending = [sender.task_send(number).result(TIMEOUT) for number in range(3)]
     child.kill()
+    eventually(lambda: [state for state, _ in states(served)] == ["waiting"] * 3)
     sender.add_task_subscriber(lambda _, body: body)
     assert [future.result(TIMEOUT) for future in pending] == [0, 1, 2]
     assert [row["deaths"] for row in coordinator.tasks(served.config_path)] == [1, 1, 1]
@@ -244,9 +255,7 @@ def test_rpc_to_nobody(broker: Broker) -> None:
 
 
 def test_rpc_recipient_dies(broker: Broker) -> None:
-    child = broker.child(
-        "w = communicator(); w.add_rpc_subscriber(lambda *_: kiwipy.Future(), 'victim'); print('ready'); sys.stdin.read()"
-    )
+    child = broker.child(HOLDER, "victim")
     communicator = broker.communicator()
     pending = communicator.rpc_send("victim", 1).result(TIMEOUT)
     child.kill()
@@ -527,9 +536,7 @@ def test_worker_id(broker: Broker) -> None:
 def test_worker_id_is_taken_over_with_its_tasks_given_back(broker: Broker) -> None:
     sender = broker.communicator()
     sender.task_send("task", no_reply=True)
-    child = broker.child(
-        "w = communicator('me'); tasks = iter(w.task_queue('kiwipy.tasks')); t = next(tasks); print('ready'); sys.stdin.read()"
-    )
+    child = broker.child(PULLER, "me")
     child.kill()
     heir = broker.communicator("me")
     assert [state for state, _ in states(broker)] == ["waiting"]
@@ -827,7 +834,19 @@ try:
 except KeyboardInterrupt:
     communicator.close()
 """
-EXAMPLE_SENDER = """
+EXAMPLE_  # Holds whatever it gets for ever.
+HOLDER = """
+worker = communicator(arguments[0])
+worker.add_task_subscriber(lambda *_: kiwipy.Future())
+worker.add_rpc_subscriber(lambda *_: kiwipy.Future(), arguments[0])
+print("ready"); sys.stdin.read()
+"""
+PULLER = """
+tasks = iter(communicator(arguments[0]).task_queue("kiwipy.tasks"))
+task = next(tasks)
+print("ready"); sys.stdin.read()
+"""
+SENDER = """
 communicator = PipeCommunicator(
     profile_name='my_profile',
     config_path=Path.home() / '.aiida' / 'profiles' / 'my_profile'
