@@ -613,16 +613,16 @@ def test_named_queue_is_shared_out(served: Broker) -> None:
 
 def test_two_configurations_with_one_profile_name(tmp_path: Path, broker: Broker) -> None:
     other = broker.config_path.with_name("other")
-    with PipeCommunicator(broker.profile, broker.config_path) as first:
-        with PipeCommunicator(broker.profile, other) as second:
-            first.add_rpc_subscriber(lambda *_: "first", "x")
-            with pytest.raises(kiwipy.UnroutableError):
-                second.rpc_send("x", 1)
-            second.add_rpc_subscriber(lambda *_: "second", "x")
-            assert (first.rpc_send("x", 1).result(TIMEOUT), second.rpc_send("x", 1).result(TIMEOUT)) == (
-                "first",
-                "second",
-            )
+    with (
+        PipeCommunicator(broker.profile, broker.config_path) as first,
+        PipeCommunicator(broker.profile, other) as second,
+    ):
+        first.add_rpc_subscriber(lambda *_: "first", "x")
+        with pytest.raises(kiwipy.UnroutableError):
+            second.rpc_send("x", 1)
+        second.add_rpc_subscriber(lambda *_: "second", "x")
+        assert first.rpc_send("x", 1).result(TIMEOUT) == "first"
+        assert second.rpc_send("x", 1).result(TIMEOUT) == "second"
     layout = discovery.locate(other)
     assert layout is not None and layout.pipes != broker.pipes
     (broker.pipes / ".config").unlink()
@@ -834,19 +834,7 @@ try:
 except KeyboardInterrupt:
     communicator.close()
 """
-EXAMPLE_  # Holds whatever it gets for ever.
-HOLDER = """
-worker = communicator(arguments[0])
-worker.add_task_subscriber(lambda *_: kiwipy.Future())
-worker.add_rpc_subscriber(lambda *_: kiwipy.Future(), arguments[0])
-print("ready"); sys.stdin.read()
-"""
-PULLER = """
-tasks = iter(communicator(arguments[0]).task_queue("kiwipy.tasks"))
-task = next(tasks)
-print("ready"); sys.stdin.read()
-"""
-SENDER = """
+EXAMPLE_SENDER = """
 communicator = PipeCommunicator(
     profile_name='my_profile',
     config_path=Path.home() / '.aiida' / 'profiles' / 'my_profile'
