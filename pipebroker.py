@@ -1030,7 +1030,7 @@ class PipeCommunicator(kiwipy.Communicator):  # type: ignore[misc]
         if prefetch_size:
             raise NotImplementedError("prefetch_size must be 0: prefetching by size is not implemented")
         key = "" if queue_name == DEFAULT_QUEUE else discovery.quoted(queue_name)
-        return PipeTaskQueue(self._engine, self._engine.side(key, prefetch_count))
+        return PipeTaskQueue(self, self._engine.side(key, prefetch_count))
 
     def rpc_send(self, recipient_id: Any, msg: Any) -> kiwipy.Future:
         """Call the RPC subscriber of an identifier.
@@ -1054,8 +1054,9 @@ class PipeCommunicator(kiwipy.Communicator):  # type: ignore[misc]
 class PipeTaskQueue:
     """A task queue, as ``kiwipy.rmq.RmqThreadTaskQueue``. Made by `PipeCommunicator.task_queue`."""
 
-    def __init__(self, engine: _Engine, side: _Side) -> None:
-        self._engine = engine
+    def __init__(self, communicator: PipeCommunicator, side: _Side) -> None:
+        self._communicator = communicator  # Which garbage collection would close.
+        self._engine = communicator._engine
         self._side = side
 
     def __iter__(self) -> Iterator[PipeIncomingTask]:
@@ -1063,7 +1064,7 @@ class PipeTaskQueue:
         offered: list[PipeIncomingTask] = []
         try:
             for task in self._engine.pull(self._side):
-                offered.append(PipeIncomingTask(self._engine, self._side, task))
+                offered.append(PipeIncomingTask(self._communicator, self._side, task))
                 yield offered[-1]
         finally:
             for incoming in offered:
@@ -1099,7 +1100,7 @@ class PipeTaskQueue:
                 raise kiwipy.QueueEmpty(f"no task waits in {self._side.queue.directory}")
             yield None
             return
-        incoming = PipeIncomingTask(self._engine, self._side, task)
+        incoming = PipeIncomingTask(self._communicator, self._side, task)
         try:
             yield incoming
         finally:
@@ -1110,8 +1111,9 @@ class PipeTaskQueue:
 class PipeIncomingTask:
     """A task taken from a queue, as ``kiwipy.rmq.RmqThreadIncomingTask``."""
 
-    def __init__(self, engine: _Engine, side: _Side, task: taskqueue.Task) -> None:
-        self._engine = engine
+    def __init__(self, communicator: PipeCommunicator, side: _Side, task: taskqueue.Task) -> None:
+        self._communicator = communicator
+        self._engine = communicator._engine
         self._side = side
         self._task = task
         self._state = "pending"
