@@ -276,11 +276,13 @@ while sum(node.is_finished for node in orm.QueryBuilder().append(orm.CalcFunctio
     time.sleep(0.1)
 """)
     victim = aiida.workers()[0]
-    until(lambda: list(aiida.config_path.glob(f"coordinator/claimed/{victim}-*/task_*")), 10)
+    in_hand = until(lambda: list(aiida.config_path.glob(f"coordinator/claimed/{victim}-*/task_*")), 10)
     os.kill(victim, signal.SIGKILL)
     aiida.wait(pks, 120)
     jobs = ran.read_text().split()
-    assert len(jobs) == len(set(jobs)) == 10
+    assert len(set(jobs)) == 10
+    # AiiDA submits a job again if its worker died between the submission and the checkpoint.
+    assert len(jobs) - 10 <= len(in_hand)
     aiida.verdi("daemon", "stop")
     assert aiida.repaired()
 
