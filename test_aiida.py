@@ -131,11 +131,12 @@ answer([[node.pk, node.process_state.value, node.exit_status] for node in nodes]
         return sorted((self.config_path / "coordinator").glob("task_*.json"))
 
 
-def until(condition: Any, seconds: float) -> None:
+def until(condition: Any, seconds: float) -> Any:
     end = time.monotonic() + seconds
-    while not condition():
+    while not (value := condition()):
         assert time.monotonic() < end, "it did not come true in time"
         time.sleep(0.05)
+    return value
 
 
 @pytest.fixture(scope="module", params=["vendored", "plugin"])
