@@ -120,19 +120,27 @@ class _Lane:
         self._jobs.put(job)
         if self._thread is None:
             with self._mutex:
-                if self._thread is None:
-                    self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                    self._thread.start()
+                if self._thread is None and not self._ended:
+                    thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                    try:
+                        thread.start()
+                    except RuntimeError:  # Python 3.12 starts none any more while the interpreter exits.
+                        self._jobs.get()()  # type: ignore[misc]
+                    else:
+                        self._thread = thread
 
     def finish(self) -> None:
         """Run the jobs that wait and then end; jobs that come later run where they come from."""
-        self.put(self._end)
+        with self._mutex:
+            self._ended = self._thread is None  # At the interpreter's exit none can be started any more.
+        if not self._ended:
+            self.put(self._end)
         if self._thread and self._thread is not threading.current_thread() and not self._busy:
             self._thread.join(_FLUSH_SECONDS)
 
     def _end(self) -> None:
         self._ended = True
-        self._jobs.put(None)
+        self._jobs.put(None)  # What came in between is done first.
 
     def is_empty(self) -> bool:
         """Say whether no job waits."""

@@ -355,13 +355,15 @@ def test_broadcast_is_kept_for_a_coordinator(broker: Broker) -> None:
     arrived = threading.Semaphore(0)
     communicator.add_broadcast_subscriber(lambda _, body, *rest: (got.append(body), arrived.release()))
     communicator.broadcast_send(0)
-    os.kill(broker.start(), signal.SIGKILL)
+    pid = broker.start()
+    assert arrived.acquire(timeout=TIMEOUT)
+    os.kill(pid, signal.SIGKILL)
     eventually(lambda: not discovery.is_alive(broker.pipes / discovery.BROADCAST_INTAKE))
     for number in range(1, 5):
         communicator.broadcast_send(number)
     broker.start()
     communicator.broadcast_send(5)
-    for _ in range(6):
+    for _ in range(5):
         assert arrived.acquire(timeout=TIMEOUT)
     assert got == list(range(6))
 
