@@ -570,6 +570,9 @@ class PipeCoordinator:
         self._write_entry()
 
     def _look_after(self, peer: _Peer) -> None:
+        worker = peer.worker
+        if (worker.queues and peer.task is None) or (worker.broadcast and peer.broadcast is None):
+            self._meet(peer.worker.worker_id)  # There was no descriptor for it when it came.
         writers = [writer for writer in (peer.reply, peer.task, peer.broadcast) if writer is not None]
         if not all(writer.path.exists() for writer in writers):
             _LOGGER.warning("Pipes of worker %s have vanished", peer.worker.worker_id)

@@ -47,6 +47,7 @@ _BODY = re.compile(r"body_([A-Za-z0-9._-]+)\.[0-9a-f]{32}")
 _QUOTED = re.compile(r"[A-Za-z0-9_~%=-][A-Za-z0-9_.~%=-]*")
 _OWNER = ".config"
 _LONGEST_NAME = 200
+_DRAFT_KEPT_SECONDS = 3600.0
 
 
 class DirectoryRefused(OSError):
@@ -445,41 +446,44 @@ def sweep(layout: Layout, broadcasts_kept: float) -> Iterator[str]:
     """
     for name in _listed(layout.pipes):
         path = layout.pipes / name
-        yield name if not name.startswith(".") and _swept(layout, path, broadcasts_kept) else ""
+        yield name if _swept(layout, path, broadcasts_kept) else ""
 
 
 def _swept(layout: Layout, path: Path, broadcasts_kept: float) -> bool:
     try:
-        status = os.lstat(path)
-        receiver = body_receiver(path.name)
-        if receiver == BROADCAST_INTAKE:
-            dead = time.time() - status.st_mtime > 2 * broadcasts_kept
-        elif receiver is not None:
-            dead = not is_alive(path.with_name(receiver))
-        elif stat.S_ISFIFO(status.st_mode):
-            dead = not is_alive(path)
-            if not dead:
-                os.utime(path)
-        else:
-            dead = path.name.startswith("route_") and _route_is_dead(path)
-        if not dead:
+        if not _is_orphan(path, broadcasts_kept):
             return False
         with exclusive(layout.registry, wait=False):
-            if (stat.S_ISFIFO(status.st_mode) and is_alive(path)) or (receiver is None and not _is_orphan(path)):
-                return False
-            path.unlink()
-        return True
+            if _is_orphan(path, broadcasts_kept):
+                path.unlink()
+                return True
     except OSError:
-        return False
+        pass  # Gone meanwhile, or the kernel did not say: the next time will tell.
+    return False
+
+
+def _is_orphan(path: Path, broadcasts_kept: float) -> bool:
+    """Say whether nobody can use a file in the pipes directory any more; touch it if somebody does."""
+    status, receiver = os.lstat(path), body_receiver(path.name)
+    age = time.time() - status.st_mtime
+    if receiver == BROADCAST_INTAKE:
+        return age > 2 * broadcasts_kept
+    if receiver is not None:
+        orphan = not is_alive(path.with_name(receiver))
+    elif stat.S_ISFIFO(status.st_mode):
+        orphan = not is_alive(path)
+        if orphan and path.name.startswith("."):
+            return age > _DRAFT_KEPT_SECONDS  # Somebody may be about to open and rename it.
+    else:
+        orphan = path.name.startswith("route_") and _route_is_dead(path)
+    if not orphan:
+        os.utime(path, follow_symlinks=False)
+    return orphan
 
 
 def _route_is_dead(route: Path) -> bool:
     target = route_target(route)
     return target is None or not is_alive(route.with_name(target))
-
-
-def _is_orphan(path: Path) -> bool:
-    return _route_is_dead(path) if path.is_symlink() else not is_alive(path)
 
 
 def cleanup_dead_processes(config_path: str | os.PathLike[str]) -> int:

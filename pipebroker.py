@@ -248,8 +248,7 @@ class _Engine:
 
     def add_task(self, side: _Side, subscriber: Callable[..., Any], identifier: Any) -> Any:
         """Subscribe to a task queue."""
-        with self._mutex:
-            identifier = self._add(side.subscribers, subscriber, identifier, "Task")
+        with self._mutex, self._adding(side.subscribers, subscriber, identifier, "Task") as identifier:
             self.hold(side)
             self._open_pipe("task")
             self._register()
@@ -264,19 +263,12 @@ class _Engine:
 
     def add_rpc(self, subscriber: Callable[..., Any], identifier: Any) -> Any:
         """Subscribe to the calls for an identifier."""
-        with self._mutex:
-            if identifier is not None:
-                self.layout.route(str(identifier))
-            identifier = self._add(self.rpc, subscriber, identifier, "RPC")
-            try:
-                self._become_worker()
-                if self._open_pipe("rpc"):
-                    self._register()
-                if not discovery.claim_route(self.layout, str(identifier), self.worker_id):
-                    raise kiwipy.DuplicateSubscriberIdentifier(f"RPC identifier '{identifier}'")
-            except BaseException:
-                del self.rpc[str(identifier)]
-                raise
+        with self._mutex, self._adding(self.rpc, subscriber, identifier, "RPC") as identifier:
+            self._become_worker()
+            if self._open_pipe("rpc"):
+                self._register()
+            if not discovery.claim_route(self.layout, str(identifier), self.worker_id):
+                raise kiwipy.DuplicateSubscriberIdentifier(f"RPC identifier '{identifier}'")
             return identifier
 
     def remove_rpc(self, identifier: Any) -> None:
@@ -287,8 +279,7 @@ class _Engine:
 
     def add_broadcast(self, subscriber: Callable[..., Any], identifier: Any) -> Any:
         """Subscribe to all broadcasts."""
-        with self._mutex:
-            identifier = self._add(self.broadcast, subscriber, identifier, "Broadcast")
+        with self._mutex, self._adding(self.broadcast, subscriber, identifier, "Broadcast") as identifier:
             if len(self.broadcast) == 1:
                 self._become_worker()
                 self._open_pipe("broadcast")
@@ -302,7 +293,9 @@ class _Engine:
             if not self.broadcast:
                 self._register()
 
-    def _add(self, subscribers: dict[str, Any], subscriber: Any, identifier: Any, kind: str) -> Any:
+    @contextlib.contextmanager
+    def _adding(self, subscribers: dict[str, Any], subscriber: Any, identifier: Any, kind: str) -> Iterator[Any]:
+        """Add a subscriber, and take it out again if what has to follow fails."""
         self.ensure_open()
         if not callable(subscriber):
             raise TypeError(f"the subscriber must be callable, not {subscriber!r}")
@@ -310,7 +303,11 @@ class _Engine:
         if str(identifier) in subscribers:
             raise kiwipy.DuplicateSubscriberIdentifier(f"{kind} identifier '{identifier}'")
         subscribers[str(identifier)] = subscriber
-        return identifier
+        try:
+            yield identifier
+        except BaseException:
+            del subscribers[str(identifier)]
+            raise
 
     def _remove(self, subscribers: dict[str, Any], identifier: Any, kind: str) -> None:
         self.ensure_open()
@@ -355,13 +352,12 @@ class _Engine:
     def _open_pipe(self, kind: str, name: str | None = None) -> bool:
         if kind in self._readers:
             return False
-        self._readers[kind] = []
         self._add_reader(kind, name or f"{kind}_{self.worker_id}")
         return True
 
     def _add_reader(self, kind: str, name: str) -> None:
         reader = fifo.Reader(self._poller, self.layout.pipes / name)
-        self._readers[kind].append(reader)
+        self._readers.setdefault(kind, []).append(reader)
         handler = self._handlers[kind]
         self._poller.call(lambda: reader.start(lambda ready: handler(ready, ready.read())))
 

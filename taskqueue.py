@@ -264,13 +264,14 @@ class Claims:
         self._closed = False
         draft = self.directory.with_name(f".{claim}")
         draft.mkdir(mode=0o700)
-        self.descriptor = os.open(draft / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(draft.rmdir)
+            undo.callback((draft / "lock").unlink, missing_ok=True)
+            self.descriptor = os.open(draft / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            undo.callback(os.close, self.descriptor)
             fcntl.flock(self.descriptor, fcntl.LOCK_EX)
             draft.rename(self.directory)
-        except BaseException:
-            os.close(self.descriptor)
-            raise
+            undo.pop_all()
 
     def take(self, name: str) -> Task | None:
         """Claim a waiting task; `None` if somebody else has it (losing that race is normal).
@@ -307,12 +308,12 @@ class Claims:
             if name not in self._held:
                 return False
             before()
-            self._held.discard(name)
             path = self.directory / f"task_{name}.json"
             with contextlib.suppress(FileNotFoundError):
                 if state:
-                    os.utime(path)
+                    os.utime(path)  # When it was done; housekeeping goes by that.
                 os.rename(path, self.queue.path(name, state))
+            self._held.discard(name)
             return True
 
     def close(self) -> list[str]:
