@@ -340,8 +340,7 @@ class PipeCoordinator:
             due = [next_chores, *(timer[0] for timer in self._timers[:1])]
             due += [at for queue in list(self._queues.values()) if (at := queue.dispatch()) is not None]
             self._poller.poll(max(0.0, min(due) - time.monotonic()))
-            while self._timers and self._timers[0][0] <= time.monotonic():
-                heapq.heappop(self._timers)[2]()
+            self._run_timers(time.monotonic())
             if next_chores <= time.monotonic():
                 end = time.monotonic() + _SLICE_SECONDS
                 try:
@@ -352,9 +351,17 @@ class PipeCoordinator:
                         _LOGGER.error("Housekeeping was interrupted: %s", error)
                     chores, next_chores = self._housekeeping(), time.monotonic() + HOUSEKEEPING_SECONDS
 
+    def _run_timers(self, until: float) -> None:
+        due = [timer for timer in self._timers if timer[0] <= until]
+        self._timers = [timer for timer in self._timers if timer[0] > until]
+        heapq.heapify(self._timers)
+        for _, _, call in sorted(due):
+            call()
+
     def _end(self) -> None:
         with contextlib.suppress(AttributeError):
             self._fan_out()
+            self._run_timers(time.monotonic() + HOUSEKEEPING_SECONDS)  # Such as to remove what the dead left.
             self._poller.flush(1.0)
             self._broadcasts.close()
             self._tasks.close()
@@ -511,7 +518,7 @@ class PipeCoordinator:
         """
         for queue in list(self._queues.values()):
             self._recover(queue)
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):
             if discovery.remove_dead(self.layout, worker.worker_id):
                 _LOGGER.info("Removed what worker %s left", worker.worker_id)
         claims = [queue.queue.directory / "claimed" / worker.claim for queue in self._queues.values()]

@@ -199,9 +199,9 @@ class TaskQueue:
         """
         for claim in _listed(self.directory / "claimed"):
             directory = self.directory / "claimed" / claim
-            if not is_dead(claim):
-                continue
             try:
+                if not is_dead(claim):
+                    continue
                 lock = os.open(directory / "lock", os.O_RDWR)
             except OSError:
                 continue
