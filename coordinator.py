@@ -581,7 +581,7 @@ class PipeCoordinator:
         if (worker.queues and peer.task is None) or (worker.broadcast and peer.broadcast is None):
             self._meet(peer.worker.worker_id)  # There was no descriptor for it when it came.
         writers = [writer for writer in (peer.reply, peer.task, peer.broadcast) if writer is not None]
-        if not all(writer.path.exists() for writer in writers):
+        if not all(writer.is_in_place() for writer in writers):
             _LOGGER.warning("Pipes of worker %s have vanished", peer.worker.worker_id)
             with contextlib.suppress(BrokenPipeError, BufferError):
                 peer.reply.send(fifo.frame(fifo.encode({"type": "restore"})) or b"")

@@ -24,6 +24,7 @@ This module does not know what a message means.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -36,7 +37,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -212,6 +213,9 @@ class Poller:
         for descriptor in self.descriptors:
             os.set_blocking(descriptor, False)
         self._selector.register(self._wake_read, selectors.EVENT_READ, self._woken)
+        self._spare: int | None = None
+        self._spare_lock = threading.Lock()
+        self._fill_spare()
 
     def call(self, request: Callable[[], None]) -> None:
         """Have the selector thread call `request`. Safe in any thread, and in a signal handler or finalizer."""
@@ -244,6 +248,24 @@ class Poller:
         self.watch(descriptor, 0, lambda _: None)
         self.descriptors.discard(descriptor)
         os.close(descriptor)
+
+    @contextlib.contextmanager
+    def spare_descriptor(self) -> Iterator[None]:
+        """Give back, for the length of a context, the descriptor that is kept for when there is no other."""
+        with self._spare_lock:
+            if self._spare is not None:
+                self.descriptors.discard(self._spare)
+                os.close(self._spare)
+                self._spare = None
+            try:
+                yield
+            finally:
+                self._fill_spare()
+
+    def _fill_spare(self) -> None:
+        with contextlib.suppress(OSError):
+            self._spare = os.dup(self._wake_read)
+            self.descriptors.add(self._spare)
 
     def flush(self, seconds: float) -> None:
         """Handle events until every outbox is empty, or for so many seconds. Only in the selector thread."""
@@ -328,10 +350,7 @@ class Reader:
 
     def is_in_place(self) -> bool:
         """Say whether the FIFO still has its name."""
-        try:
-            return os.lstat(self.path).st_ino == self._inode
-        except OSError:
-            return False
+        return _is_inode(self.path, self._inode)
 
     def close(self) -> None:
         """Unlink the FIFO and close it. Only in the selector thread."""
@@ -373,12 +392,8 @@ class Writer:
         self._on_death = on_death
         self._poller = poller
         self._lock = threading.Lock()
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-        try:
-            _check_fifo(self._descriptor, path)
-        except OSError:
-            os.close(self._descriptor)
-            raise
+        self._descriptor = _open_for_writing(path)
+        self._inode = os.fstat(self._descriptor).st_ino
         poller.descriptors.add(self._descriptor)
         poller.writers.add(self)
         poller.call(self._watch)
@@ -387,6 +402,10 @@ class Writer:
     def is_full(self) -> bool:
         """Whether the pipe did not take the last frame at once."""
         return bool(self.outbox)
+
+    def is_in_place(self) -> bool:
+        """Say whether the FIFO still has its name."""
+        return _is_inode(self.path, self._inode)
 
     def send(self, data: bytes) -> None:
         """Write a frame, or put it into the outbox behind those that wait there already.
@@ -461,17 +480,48 @@ class Writer:
 def knock(path: Path, message: Message) -> bool:
     """Send one small message from a process that has no `Poller`; say whether somebody reads the FIFO and it fitted."""
     data = frame(encode(message))
+    with contextlib.suppress(OSError):
+        write_once(path, data or b"")
+        return data is not None
+    return False
+
+
+def write_once(path: Path, data: bytes) -> None:
+    """Open a FIFO, write a frame, and close it.
+
+    :raises OSError: nobody reads it, or the frame does not fit.
+    """
+    with open(_open_for_writing(path), "wb", buffering=0) as file:
+        os.write(file.fileno(), data)
+
+
+def _open_for_writing(path: Path) -> int:
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except OSError:
-        return False
-    with open(descriptor, "wb", buffering=0), contextlib.suppress(OSError):
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise _not_a_fifo(path) from error
+        raise
+    try:
         _check_fifo(descriptor, path)
-        return data is not None and os.write(descriptor, data) == len(data)
-    return False
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _check_fifo(descriptor: int, path: Path) -> None:
     status = os.fstat(descriptor)
     if not stat.S_ISFIFO(status.st_mode) or status.st_uid != os.geteuid():
-        raise discovery.DirectoryRefused(f"{path} is not a FIFO of this user: remove it.")
+        raise _not_a_fifo(path)
+
+
+def _not_a_fifo(path: Path) -> discovery.DirectoryRefused:
+    return discovery.DirectoryRefused(f"{path} is not a FIFO of this user: remove it.")
+
+
+def _is_inode(path: Path, inode: int) -> bool:
+    try:
+        return os.lstat(path).st_ino == inode
+    except OSError:
+        return False

@@ -82,6 +82,7 @@ class _Reply(concurrent.futures.Future[Any]):
         self._lane = lane
 
     def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], Any]) -> None:
+        self._lane.start()
         super().add_done_callback(lambda future: self._lane.put(functools.partial(fn, future)))
 
 
@@ -111,53 +112,60 @@ class _Lane:
         self._mutex = threading.Lock()
         self._busy = False
         self._ended = False
+        self._stopped = False
+
+    def start(self) -> None:
+        """Start the thread, where that has not been done; in whoever is about to need it, who can be told.
+
+        :raises RuntimeError: the system has no room for another thread.
+        """
+        with self._mutex:
+            if self._thread is None and not self._ended:
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                thread.start()
+                self._thread = thread
 
     def put(self, job: Callable[[], object]) -> None:
         """Run a job after those that wait."""
         if self._ended:
             job()
-            return
-        self._jobs.put(job)
-        if self._thread is None:
-            with self._mutex:
-                if self._thread is None and not self._ended:
-                    thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                    try:
-                        thread.start()
-                    except RuntimeError:  # Python 3.12 starts none any more while the interpreter exits.
-                        self._jobs.get()()  # type: ignore[misc]
-                    else:
-                        self._thread = thread
-
-    def finish(self) -> None:
-        """Run the jobs that wait and then end; jobs that come later run where they come from."""
-        with self._mutex:
-            self._ended = self._thread is None  # At the interpreter's exit none can be started any more.
-        if not self._ended:
-            self.put(self._end)
-        if self._thread and self._thread is not threading.current_thread() and not self._busy:
-            self._thread.join(_FLUSH_SECONDS)
-
-    def _end(self) -> None:
-        self._ended = True
-        self._jobs.put(None)  # What came in between is done first.
+        else:
+            self._jobs.put(job)
 
     def is_empty(self) -> bool:
         """Say whether no job waits."""
         return self._jobs.empty()
 
     def stop(self) -> None:
-        """Drop the jobs that wait, and end the thread once it is out of user code; wait only if it is."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._jobs.get_nowait()
+        """Start no job any more."""
+        with self._mutex:
+            self._stopped = True
         self._jobs.put(None)
-        if self._thread and self._thread is not threading.current_thread() and not self._busy:
+
+    def finish(self) -> None:
+        """Run the jobs that wait and then end; jobs that come later run where they come from."""
+        with self._mutex:
+            self._ended = self._thread is None
+        if not self._ended:
+            self._jobs.put(self._end)
+
+    def _end(self) -> None:
+        self._ended = True
+        self._jobs.put(None)  # What came in between is done first.
+
+    def join(self) -> None:
+        """After `stop` or `finish`, wait for the thread's end, but not for user code that may take any time."""
+        with self._mutex:
+            waits = self._thread and self._thread is not threading.current_thread() and not self._busy
+        if self._thread and waits:
             self._thread.join(_FLUSH_SECONDS)
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            self._busy = True
+            with self._mutex:
+                if self._stopped:
+                    return
+                self._busy = True
             try:
                 job()
             except BaseException:
@@ -230,11 +238,13 @@ class _Engine:
             self._open_pipe("reply", self._reply_name)
             if worker_id is not None:
                 self._become_worker()
+            self._thread = threading.Thread(target=self._run, name=f"pipebroker {self.worker_id}", daemon=True)
+            self._thread.start()
         except BaseException:
-            self._close_pipes()
+            _engines.discard(self)
+            self.closed = self._done = True
+            self._tear_down()
             raise
-        self._thread = threading.Thread(target=self._run, name=f"pipebroker {self.worker_id}", daemon=True)
-        self._thread.start()
 
     # Subscriptions
 
@@ -249,6 +259,7 @@ class _Engine:
     def add_task(self, side: _Side, subscriber: Callable[..., Any], identifier: Any) -> Any:
         """Subscribe to a task queue."""
         with self._mutex, self._adding(side.subscribers, subscriber, identifier, "Task") as identifier:
+            self.tasks.start()
             self.hold(side)
             self._open_pipe("task")
             self._register()
@@ -264,6 +275,7 @@ class _Engine:
     def add_rpc(self, subscriber: Callable[..., Any], identifier: Any) -> Any:
         """Subscribe to the calls for an identifier."""
         with self._mutex, self._adding(self.rpc, subscriber, identifier, "RPC") as identifier:
+            self._messages.start()
             self._become_worker()
             if self._open_pipe("rpc"):
                 self._register()
@@ -280,6 +292,7 @@ class _Engine:
     def add_broadcast(self, subscriber: Callable[..., Any], identifier: Any) -> Any:
         """Subscribe to all broadcasts."""
         with self._mutex, self._adding(self.broadcast, subscriber, identifier, "Broadcast") as identifier:
+            self._messages.start()
             if len(self.broadcast) == 1:
                 self._become_worker()
                 self._open_pipe("broadcast")
@@ -490,10 +503,19 @@ class _Engine:
             except BrokenPipeError:
                 continue
             except (OSError, BufferError) as error:
+                if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) and self._reply_with_spare(text, path):
+                    return
                 _LOGGER.error("A reply to %s was dropped: %s", path.name, error)
                 text = fifo.encode(
                     {"correlation_id": correlation_id, "exception": f"the result cannot be sent: {error}"}
                 )
+
+    def _reply_with_spare(self, text: str, path: Path) -> bool:
+        """Answer although this process has no free descriptor: whoever waits would otherwise wait for ever."""
+        with self._poller.spare_descriptor(), contextlib.suppress(OSError):
+            fifo.write_once(path, fifo.pack(text, path))
+            return True
+        return False
 
     # The selector thread
 
@@ -835,9 +857,8 @@ class _Engine:
         self.close_soon()
         if threading.current_thread() is not self._thread:
             self._thread.join()
-            self.tasks.stop()
-            self._messages.stop()
-            self._callbacks.finish()
+            for lane in (self.tasks, self._messages, self._callbacks):
+                lane.join()
 
     def abandon(self) -> None:
         """Close the descriptors of a forked child's copy, and touch nothing that the parent uses."""
@@ -860,6 +881,9 @@ class _Engine:
             except Exception:
                 _LOGGER.exception("Closing %s went wrong", self.worker_id)
         self._fail_calls()
+        self.tasks.stop()
+        self._messages.stop()
+        self._callbacks.finish()
 
     def _leave(self) -> None:
         with self._mutex:

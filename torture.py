@@ -1,0 +1,337 @@
+"""Random work under random SIGKILL, SIGSTOP and restarts: does what may never happen, happen?
+
+    python torture.py --minutes 5 --seed 7
+
+Senders and workers append a line to a file before or after each step, so that the evidence outlives them. At the end:
+every task whose ``task_send`` returned was done; whoever did a task that was done again was killed; every call and
+every task that somebody waited for came to an end; nothing is left of anybody. The exit status is 1 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kiwipy
+
+import coordinator
+import discovery
+from pipebroker import PipeCommunicator
+
+WORKERS, SENDERS = 4, 3
+QUEUES = ("kiwipy.tasks", "other/queue")
+DRAIN_SECONDS = 120.0
+
+
+class Evidence:
+    """A file that processes append lines to, each with one write."""
+
+    def __init__(self, directory: str | Path, name: str) -> None:
+        self._path = Path(directory, f"{name}.evidence")
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def add(self, *words: object) -> None:
+        """Append a line."""
+        os.write(self._descriptor, (" ".join(map(str, words)) + "\n").encode())
+
+    def take(self) -> list[list[str]]:
+        """Close the file, and return all lines, as words."""
+        os.close(self._descriptor)
+        return [line.split() for line in self._path.read_text().splitlines()]
+
+
+def work(profile: str, config_path: str, name: str, life: str, seed: str) -> None:
+    """Do tasks, answer calls and listen, until standard input ends."""
+    chance = random.Random(seed)
+    done, twice = Evidence(config_path, "done"), Evidence(config_path, "twice")
+    heard = Counter[str]()
+    ending = threading.Event()
+
+    def do(_: Any, body: dict[str, Any]) -> Any:
+        if ending.is_set() or chance.random() < 0.02:
+            raise kiwipy.TaskRejected
+        done.add(body["id"], life)
+        if chance.random() < 0.5:
+            ending.wait(chance.random() * 0.005)  # The work.
+            return body
+        outcome = kiwipy.Future()
+        threading.Timer(chance.random() * 0.05, outcome.set_result, (body,)).start()
+        return outcome
+
+    with PipeCommunicator(profile, config_path, name, task_prefetch_count=chance.choice([0, 1, 5])) as communicator:
+        communicator.add_rpc_subscriber(lambda _, body: body, name)
+        communicator.add_broadcast_subscriber(lambda _, body, *rest: heard.update([body["id"]]))
+        queues = [communicator.task_queue(queue) for queue in QUEUES]
+        identifiers = [queue.add_task_subscriber(do) for queue in queues]
+        print("ready", flush=True)
+        sys.stdin.read()
+        ending.set()
+        for queue, identifier in zip(queues, identifiers, strict=True):
+            queue.remove_task_subscriber(identifier)
+        # What is in hand is finished first: a task that is given back is done again without anybody's death.
+        wait_until(lambda: not any(Path(config_path, "coordinator").rglob(f"claimed/{name}.*/task_*")), DRAIN_SECONDS)
+    twice.add(sum(count - 1 for count in heard.values()))
+
+
+def send(profile: str, config_path: str, name: str, seed: str) -> None:
+    """Send at random until standard input ends, and then wait for every answer."""
+    chance = random.Random(seed)
+    sent, ends = Evidence(config_path, "sent"), Evidence(config_path, "ends")
+    stopped = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), stopped.set()), daemon=True).start()
+    with PipeCommunicator(profile, config_path, fsync=chance.random() < 0.3) as communicator:
+        queues = [communicator.task_queue(queue) for queue in QUEUES]
+        pending: list[tuple[str, dict[str, Any], Any]] = []
+        print("ready", flush=True)
+        number = 0
+        while not stopped.wait(chance.random() * 0.01):
+            number += 1
+            text = "x" * chance.choice([1, 100, 5000, chance.randrange(300_000)])
+            body = {"id": f"{name}-{number}", "text": text}
+            kind = chance.random()
+            if kind < 0.5:
+                future = chance.choice(queues).task_send(body, no_reply=chance.random() < 0.5)
+                sent.add(body["id"])
+                if future is not None:
+                    pending.append(("task", body, future))
+            elif kind < 0.9:
+                try:
+                    future = communicator.rpc_send(f"worker{chance.randrange(WORKERS)}", body)
+                    pending.append(("call", body, future))
+                except kiwipy.DeliveryFailed as error:
+                    ends.add("call", type(error).__name__)
+            else:
+                communicator.broadcast_send(body)
+            if len(pending) >= 100:
+                settle(pending, ends)
+        settle(pending, ends)
+
+
+def settle(pending: list[tuple[str, dict[str, Any], Any]], ends: Evidence) -> None:
+    """Wait for every answer, and write down what it was."""
+    while pending:
+        what, body, future = pending.pop()
+        ends.add(what, how_it_ends(future, body))
+
+
+def how_it_ends(future: Any, expected: object) -> str:
+    """Wait for a future, and for the futures that it resolves to; say in a word what came of it."""
+    try:
+        outcome = future
+        while isinstance(outcome, kiwipy.Future):
+            outcome = outcome.result(DRAIN_SECONDS)
+        return "result" if outcome == expected else "WRONG"
+    except concurrent.futures.TimeoutError:
+        return "HANGS"
+    except Exception as error:
+        return type(error).__name__
+
+
+def wait_until(condition: Callable[[], Any], seconds: float) -> bool:
+    """Wait for what no event tells; say whether it came true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        threading.Event().wait(0.01)
+    return True
+
+
+class Torture:
+    """A profile, its processes, and what is done to them."""
+
+    def __init__(self, directory: Path, seed: int) -> None:
+        self.profile = f"torture{os.getpid()}"
+        self.config_path = directory
+        self.chance = random.Random(seed)
+        self.blows = Counter[str]()
+        self._killed: set[str] = set()
+        self._lives: dict[int, str] = {}
+        self._evidence = {name: Evidence(directory, name) for name in ("done", "sent", "ends", "twice")}
+        self._descriptors = self._open_descriptors(coordinator.start(self.profile, directory))
+        self.workers = [self._start_worker(number) for number in range(WORKERS)]
+        self.senders = [self._start_sender(number) for number in range(SENDERS)]
+
+    def _start_worker(self, number: int) -> subprocess.Popen[str]:
+        life = f"life{len(self._lives)}"
+        process = self._start("work", f"worker{number}", life)
+        self._lives[process.pid] = life
+        return process
+
+    def _start_sender(self, number: int) -> subprocess.Popen[str]:
+        return self._start("send", f"sender{number}.{self.blows.total()}")
+
+    def _start(self, *arguments: str) -> subprocess.Popen[str]:
+        role, *rest = arguments
+        command = [sys.executable, __file__, role, self.profile, str(self.config_path), *rest]
+        command.append(str(self.chance.random()))
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n", f"{arguments} did not start"
+        return process
+
+    def strike(self) -> None:
+        """Do one bad thing."""
+        blows = (self._kill_worker, self._kill_worker, self._kill_sender, self._kill_coordinator, self._stop_worker,
+                 self._stop_coordinator, self._restart_worker, self._restart_coordinator)  # fmt: skip
+        blow = self.chance.choice(blows)
+        blow()
+        self.blows[blow.__name__.strip("_").replace("_", " ")] += 1
+
+    def _kill_worker(self) -> None:
+        number = self.chance.randrange(WORKERS)
+        self._killed.add(self._lives[self.workers[number].pid])
+        self._kill(self.workers[number])
+        self.workers[number] = self._start_worker(number)
+
+    def _kill_sender(self) -> None:
+        number = self.chance.randrange(SENDERS)
+        self._kill(self.senders[number])
+        self.senders[number] = self._start_sender(number)
+
+    def _kill_coordinator(self) -> None:
+        os.kill(coordinator.status(self.config_path)["pid"], signal.SIGKILL)
+        coordinator.stop(self.config_path)  # It waits until it is gone.
+        coordinator.start(self.profile, self.config_path)
+
+    def _stop_worker(self) -> None:
+        self._pause(self.chance.choice(self.workers).pid)
+
+    def _stop_coordinator(self) -> None:
+        self._pause(coordinator.status(self.config_path)["pid"])
+
+    def _restart_worker(self) -> None:
+        number = self.chance.randrange(WORKERS)
+        self.workers[number].communicate(timeout=DRAIN_SECONDS)
+        self.workers[number] = self._start_worker(number)
+
+    def _restart_coordinator(self) -> None:
+        coordinator.stop(self.config_path)
+        coordinator.start(self.profile, self.config_path)
+
+    def _kill(self, process: subprocess.Popen[str]) -> None:
+        process.kill()
+        process.communicate()
+
+    def _pause(self, pid: int) -> None:
+        os.kill(pid, signal.SIGSTOP)
+        threading.Event().wait(self.chance.random())
+        os.kill(pid, signal.SIGCONT)
+
+    def _open_descriptors(self, pid: int) -> int:
+        directory = f"/proc/{pid}/fd"
+        return len(os.listdir(directory)) if os.path.isdir(directory) else 0
+
+    def _unfinished(self) -> int:
+        counts = coordinator.status(self.config_path)["tasks"]
+        return int(counts["waiting"] + counts["claimed"] + counts["failed"])
+
+    def _left(self, layout: discovery.Layout) -> list[str]:
+        """Return the files that are there although nobody runs; those that go by their age are made old."""
+        found = [path for path in layout.pipes.iterdir() if not path.name.startswith((".config", "coordinator_"))]
+        found += [*layout.registry.glob("worker_*"), *layout.registry.glob(".*"), *layout.queue.rglob("claimed/*")]
+        found += [path for path in layout.queue.rglob(".*")]
+        for path in found:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path, (0, 0), follow_symlinks=False)
+        return [path.name for path in found]
+
+    def verdict(self) -> dict[str, tuple[object, bool]]:
+        """End everything, and return each figure with whether it is as it must be."""
+        for process in self.senders:
+            process.communicate()
+        wait_until(lambda: not self._unfinished(), DRAIN_SECONDS)
+        unfinished = self._unfinished()
+        for process in self.workers:
+            process.communicate()
+        layout = discovery.locate(self.config_path)
+        assert layout is not None
+        wait_until(lambda: not self._left(layout), DRAIN_SECONDS)
+        left = self._left(layout)
+        descriptors = self._open_descriptors(coordinator.status(self.config_path)["pid"])
+        coordinator.stop(self.config_path)
+        lines = {name: evidence.take() for name, evidence in self._evidence.items()}
+        runs: dict[str, list[str]] = {}
+        for task, life in lines["done"]:
+            runs.setdefault(task, []).append(life)
+        lost = [task for (task,) in lines["sent"] if task not in runs]
+        again = [task for task, lives in runs.items() if len(lives) > 1]
+        unexplained = [task for task in again if not self._killed.issuperset(runs[task][:-1])]
+        ends = {what: Counter(end for kind, end in lines["ends"] if kind == what) for what in ("call", "task")}
+        heard_twice = sum(int(count) for (count,) in lines["twice"])
+        return {
+            "tasks sent": (len(lines["sent"]), bool(lines["sent"])),
+            "tasks lost": (len(lost), not lost),
+            "tasks left waiting, claimed or failed": (unfinished, not unfinished),
+            "tasks done again after a kill": (len(again) - len(unexplained), True),
+            "tasks done again without a kill": (len(unexplained), not unexplained),
+            "how the outcomes of tasks came": (dict(ends["task"]), ends["task"].keys() == {"result"}),
+            "how calls ended": (
+                dict(ends["call"]),
+                {"result"} <= ends["call"].keys() <= {"result", "UnroutableError", "DeliveryFailed"},
+            ),
+            "broadcasts heard twice": (heard_twice, not heard_twice),
+            "files, pipes and routes left": (left[:5], not left),
+            "descriptors that the coordinator has left open": (
+                descriptors - self._descriptors,
+                descriptors == self._descriptors,
+            ),
+        }
+
+    def clean_up(self) -> None:
+        """End and remove everything, whatever happened."""
+        for process in (*self.workers, *self.senders):
+            process.kill()
+        coordinator.stop(self.config_path)
+        layout = discovery.locate(self.config_path)
+        if layout is not None:
+            shutil.rmtree(layout.pipes, ignore_errors=True)
+
+
+def main() -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(description="Torture the broker, and say what broke.")
+    parser.add_argument("--minutes", type=float, default=5.0, help="for how long (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=7, help="of all that is random (default: %(default)s)")
+    options = parser.parse_args()
+    directory = Path(tempfile.mkdtemp(prefix="namedpipe-torture-"))
+    torture = Torture(directory, options.seed)
+    try:
+        begin = time.monotonic()
+        while (now := time.monotonic() - begin) < 60 * options.minutes:
+            torture.strike()
+            print(f"\r{now:5.0f} s  {torture.blows.total()} blows", end="", file=sys.stderr, flush=True)
+            threading.Event().wait(torture.chance.random() * 0.3)
+        print(file=sys.stderr)
+        verdict = torture.verdict()
+    finally:
+        torture.clean_up()
+    for kind, count in sorted(torture.blows.items()):
+        print(f"{kind:50} {count}")
+    for name, (value, good) in verdict.items():
+        print(f"{name:50} {value!s}{'' if good else '   VIOLATION'}")
+    if all(good for _, good in verdict.values()):
+        shutil.rmtree(directory)
+        return 0
+    print(f"The evidence is in {directory}.")
+    return 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] in (["work"], ["send"]):
+        {"work": work, "send": send}[sys.argv[1]](*sys.argv[2:])
+    else:
+        sys.exit(main())
