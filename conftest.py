@@ -114,9 +114,14 @@ class Broker:
 
     def child(self, script: str, *arguments: object) -> Child:
         """Run a script, with the profile and its directory as its first arguments, and wait for its first line."""
+        process = self.spawn(script, *arguments)
+        assert process.line() == "ready"
+        return process
+
+    def spawn(self, script: str, *arguments: object) -> Child:
+        """Run a script, as `child` does, without waiting."""
         process = Child(PRELUDE + script, self.profile, self.config_path, *arguments)
         self.stack.callback(self._end, process)
-        assert process.line() == "ready"
         return process
 
     def run(self, *arguments: str, status: int = 0) -> str:

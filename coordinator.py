@@ -581,8 +581,9 @@ class PipeCoordinator:
         if (worker.queues and peer.task is None) or (worker.broadcast and peer.broadcast is None):
             self._meet(peer.worker.worker_id)  # There was no descriptor for it when it came.
         writers = [writer for writer in (peer.reply, peer.task, peer.broadcast) if writer is not None]
-        if not all(writer.is_in_place() for writer in writers):
-            _LOGGER.warning("Pipes of worker %s have vanished", peer.worker.worker_id)
+        in_place = all(writer.is_in_place() for writer in writers)
+        if not in_place or (worker.rpc and not discovery.is_alive(self.layout.pipes / f"rpc_{worker.worker_id}")):
+            _LOGGER.warning("Pipes of worker %s have vanished or were replaced", peer.worker.worker_id)
             with contextlib.suppress(BrokenPipeError, BufferError):
                 peer.reply.send(fifo.frame(fifo.encode({"type": "restore"})) or b"")
         if peer.broadcast is not None and peer.broadcast.dropped > peer.logged_drops:

@@ -137,8 +137,9 @@ def unpack(data: bytes, receiver: Path) -> Message:
             with open(descriptor, "rb") as file:
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                     raise Garbage("it names something that is not a regular file")
-                message = json.loads(file.read())
+                text = file.read()
             body.unlink(missing_ok=True)
+            message = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Garbage(str(error)) from error
     if not isinstance(message, dict):
