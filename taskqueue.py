@@ -203,6 +203,11 @@ class TaskQueue:
                 if not is_dead(claim):
                     continue
                 lock = os.open(directory / "lock", os.O_RDWR)
+            except FileNotFoundError:
+                # Whoever removed the directory was killed after the lock, which goes last.
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
+                continue
             except OSError:
                 continue
             try:

@@ -1,0 +1,330 @@
+"""SIGKILL at every system call that changes the disk or a pipe, in each role: nothing is lost or done once too often.
+
+strace(1) kills the process when it enters the call, so the call is not made. Each call of a role's plain run is a crash
+point: "immediately before this one" and, as nothing changes in between, "immediately after the one before".
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import coordinator
+import discovery
+import taskqueue
+from conftest import COORDINATOR, TIMEOUT, Broker, Child, eventually
+
+CALLS = "openat,write,/^rename,/^unlink,/^symlink,/^mkdir,rmdir,/^mknod,/^link,fsync,flock,ftruncate,utimensat,close"
+LINE = re.compile(r"^(\d+) +(\w+)\((.*)")
+Point = tuple[str, int]
+
+
+def _can_trace() -> bool:
+    if shutil.which("strace") is None:
+        return False
+    return subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True, check=False).returncode == 0
+
+
+pytestmark = pytest.mark.skipif(not _can_trace(), reason="needs strace, and leave to use it")
+
+
+class Strace:
+    """strace attached to a running process."""
+
+    def __init__(self, pid: int, log: Path, point: Point | None) -> None:
+        command = ["strace", "-f", "-y", "-o", log, "-e", f"trace={CALLS}", "-p", str(pid)]
+        if point is not None:
+            command += ["-e", f"inject={point[0]}:signal=KILL:when={point[1]}"]
+        self._process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert self._process.stderr is not None and "attached" in self._process.stderr.readline()
+
+    def end(self) -> None:
+        """Detach, if the process still lives."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+        self._process.communicate(timeout=TIMEOUT)
+
+
+def points(log: Path, place: str) -> list[tuple[Point, str]]:
+    """Return the calls in a log that change something below a place, each as strace counts it, and its text."""
+    counts: collections.Counter[tuple[str, str]] = collections.Counter()
+    found = {}
+    for line in log.read_text().splitlines():
+        match = LINE.match(line)
+        if match is None:
+            continue
+        thread, call, text = match.groups()
+        counts[thread, call] += 1
+        changes = call not in ("openat", "close", "write") or "O_CREAT" in text or (call != "openat" and place in text)
+        if changes and place in text and "coordinator.log" not in text:
+            found[call, counts[thread, call]] = f"{call}({text}"
+    return list(found.items())
+
+
+def drained(broker: Broker) -> None:
+    """See to it that nothing waits or is claimed: somebody does all that is left."""
+    with contextlib.closing(broker.communicator()) as worker:
+        worker.add_task_subscriber(lambda _, body: body)
+        eventually(lambda: not {row["state"] for row in coordinator.tasks(broker.config_path)} & {"waiting", "claimed"})
+
+
+def state(broker: Broker) -> str:
+    """Say how many tasks are in which state on the disk."""
+    counts = collections.Counter(row["state"] for row in coordinator.tasks(broker.config_path))
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
+
+
+def each_point(tmp_path: Path, place: str, run: Callable[[Callable[[int], Strace], str], bool]) -> None:
+    """Run something plainly, and then once for each crash point.
+
+    :param run: runs it; it is given what attaches strace to a process, and the name of the run, and says whether it
+        came to its end.
+    """
+    log = tmp_path / "log"
+    lives: list[Strace] = []
+
+    def attach(point: Point | None, pid: int) -> Strace:
+        lives.append(Strace(pid, log, point))
+        return lives[-1]
+
+    def once(point: Point | None, name: str) -> bool:
+        try:
+            return run(functools.partial(attach, point), name)
+        finally:
+            while lives:
+                lives.pop().end()
+
+    assert once(None, "plain")
+    found = points(log, place)
+    assert len(found) > 1
+    survived = [text for index, (point, text) in enumerate(found) if once(point, str(index))]
+    assert len(survived) <= len(found) // 4, f"too many were not killed: {survived}"
+
+
+def sweep(broker: Broker) -> None:
+    """Do what the coordinator's housekeeping does every ten seconds, for senders that nobody knew."""
+    layout = discovery.locate(broker.config_path)
+    assert layout is not None
+    for draft in broker.pipes.glob(".*_*"):
+        os.utime(draft, (0, 0))  # Nobody waits an hour here.
+    for directory in taskqueue.queue_directories(broker.queue).values():
+        for draft in (*directory.glob(".*"), *directory.glob("claimed/.*")):
+            os.utime(draft, (0, 0))
+        collections.deque(taskqueue.TaskQueue(directory).sweep(), maxlen=0)
+    collections.deque(discovery.sweep(layout, 0.0), maxlen=0)
+
+
+SENDER = """
+sender = communicator()
+print("ready"); sys.stdin.readline()
+sender.task_send(arguments[0], no_reply=True)
+print("sent"); sys.stdin.read()
+os._exit(0)
+"""
+
+
+def test_sender(served: Broker, tmp_path: Path) -> None:
+    rows = []
+
+    def run(attach: Callable[[int], Strace], name: str) -> bool:
+        child = served.child(SENDER, name)
+        attach(child.pid)
+        child.tell("go")
+        sent = said(child) == "sent"
+        child.kill()
+        rows.append(state(served))
+        assert rows[-1] == "1 waiting" or (not sent and rows[-1] == "nothing")
+        drained(served)
+        shutil.rmtree(served.queue / "completed")
+        (served.queue / "completed").mkdir()
+        for draft in served.queue.glob(".0*"):
+            draft.unlink()
+        return sent
+
+    each_point(tmp_path, served.profile, run)
+    sweep(served)
+    assert rows == ["1 waiting"] + ["nothing"] * 3 + ["1 waiting"] * (len(rows) - 4), rows
+
+
+def said(child: Child) -> str:
+    """Return the next line, or '' if it was killed."""
+    try:
+        return child.line()
+    except AssertionError:
+        return ""
+
+
+WORKER = """
+record = os.open(arguments[0], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+worker = communicator("worker")
+worker.add_task_subscriber(lambda _, body: os.write(record, f"{body}\\n".encode()) and body)
+print("ready"); sys.stdin.read()
+os._exit(0)
+"""
+
+
+def test_worker(served: Broker, tmp_path: Path) -> None:
+    record, rows = tmp_path / "record", []
+    sender = served.communicator()
+
+    def run(attach: Callable[[int], Strace], name: str) -> bool:
+        child = served.child(WORKER, record)
+        attach(child.pid)
+        pending = sender.task_send(name)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            # Until it is killed, or until it has done all.
+            eventually(lambda: child.process.poll() is not None or (state(served) == "1 completed" and pending.done()))
+            child.process.wait(0.2)
+        killed = child.process.poll() is not None
+        before = state(served)
+        child.kill()
+        eventually(lambda: not list(served.queue.glob("claimed/*")))
+        after = [(row["state"], row["deaths"]) for row in coordinator.tasks(served.config_path)]
+        runs_before = recorded(record).count(name)
+        with contextlib.closing(served.communicator()) as other:
+            other.add_task_subscriber(lambda _, body: [append(record, body), body][1])
+            assert pending.result(TIMEOUT) == name
+            eventually(lambda: state(served) == "1 completed")
+        runs = recorded(record).count(name)
+        if after == [("completed", 0)]:
+            assert runs == runs_before == 1
+        else:
+            assert runs == runs_before + 1
+        rows.append((after, runs, before))
+        shutil.rmtree(served.queue / "completed")
+        (served.queue / "completed").mkdir()
+        return not killed
+
+    each_point(tmp_path, served.profile, run)
+    outcomes = {(after[0], runs) for after, runs, _ in rows}
+    assert outcomes == {(("waiting", 0), 1), (("waiting", 1), 1), (("waiting", 1), 2), (("completed", 0), 1)}, rows
+
+
+def append(record: Path, text: str) -> None:
+    with open(record, "a") as file:
+        file.write(f"{text}\n")
+
+
+def recorded(record: Path) -> list[str]:
+    return record.read_text().split() if record.exists() else []
+
+
+JOINER = """
+print("ready"); sys.stdin.readline()
+worker = communicator("joiner")
+worker.add_task_subscriber(lambda _, body: body)
+worker.add_rpc_subscriber(lambda _, body: body, "joiner")
+worker.add_broadcast_subscriber(lambda *_: None)
+held = worker.task_queue("other").add_task_subscriber(lambda _, body: body)
+print("joined"); sys.stdin.readline()
+worker.close()
+print("left"); sys.stdin.read()
+"""
+
+
+def test_worker_that_comes_and_goes(served: Broker, tmp_path: Path) -> None:
+    sender = served.communicator()
+
+    def run(attach: Callable[[int], Strace], name: str) -> bool:
+        child = served.child(JOINER)
+        attach(child.pid)
+        child.tell("come")
+        if said(child) == "joined":
+            with contextlib.suppress(BrokenPipeError):
+                child.tell("go")
+        left = said(child) == "left"
+        child.kill()
+        # Whoever comes next has the same names at once, and nothing of the dead one is in the way.
+        with contextlib.closing(served.communicator("joiner")) as again:
+            again.add_task_subscriber(lambda _, body: ["again", body])
+            again.add_rpc_subscriber(lambda _, body: ["again", body], "joiner")
+            assert sender.rpc_send("joiner", name).result(TIMEOUT) == ["again", name]
+            assert sender.task_send(name).result(TIMEOUT) == ["again", name]
+        eventually(lambda: not list(served.queue.rglob("claimed/joiner*")))
+        assert not list(served.pipes.glob("*joiner"))
+        return left
+
+    each_point(tmp_path, served.profile, run)
+    sweep(served)
+
+
+HOLDER = """
+worker = communicator("holder")
+worker.add_task_subscriber(lambda *_: kiwipy.Future())
+worker.add_rpc_subscriber(lambda *_: None, "holder")
+print("ready"); sys.stdin.read()
+os._exit(0)
+"""
+
+
+def test_coordinator_that_buries_a_worker(broker: Broker, tmp_path: Path) -> None:
+    sender = broker.communicator()
+    pid = broker.start()
+
+    def run(attach: Callable[[int], Strace], name: str) -> bool:
+        nonlocal pid
+        holder = broker.child(HOLDER)
+        held = sender.task_send(name).result(TIMEOUT)
+        strace = attach(pid)
+        holder.kill()
+        more = sender.task_send("more")
+        # Until it is killed, or has done all that.
+        gone = broker.config_path / "pipes" / "worker_holder.json"
+        eventually(lambda: not discovery.is_alive(broker.pipes / "coordinator_tasks") or not gone.exists())
+        strace.end()
+        survived = discovery.is_alive(broker.pipes / "coordinator_tasks")
+        if not survived:
+            coordinator.stop(broker.config_path)  # It waits until it is gone.
+            pid = coordinator.start(broker.profile, broker.config_path)
+        got: list[str] = []
+        with contextlib.closing(broker.communicator()) as other:
+            other.add_task_subscriber(lambda _, body: [got.append(body), body][1])
+            assert [held.result(TIMEOUT), more.result(TIMEOUT)] == [name, "more"]
+        assert got == [name, "more"]
+        eventually(lambda: not gone.exists() and not list(broker.pipes.glob("*holder")))
+        eventually(lambda: not list(broker.queue.rglob("claimed/holder*")))
+        return survived
+
+    each_point(tmp_path, broker.profile, run)
+
+
+def test_coordinator_that_starts_and_stops(broker: Broker, tmp_path: Path) -> None:
+    command = [*COORDINATOR, "--profile", broker.profile, "--config-path", broker.config_path]
+    log = tmp_path / "log"
+    sender = broker.communicator()
+
+    def run(point: Point | None, name: str) -> None:
+        pending = sender.task_send(name)
+        inject = ["-e", f"inject={point[0]}:signal=KILL:when={point[1]}"] if point else []
+        traced = ["strace", "-y", "-o", log, "-e", f"trace={CALLS}", *inject, *command, "start", "--foreground"]
+        with subprocess.Popen(traced, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+            assert process.stderr is not None
+            if "Serving" in process.stderr.readline():
+                with contextlib.suppress(coordinator.CoordinatorError):
+                    coordinator.stop(broker.config_path)
+            process.communicate(timeout=TIMEOUT)
+        broker.run("start")
+        with contextlib.closing(broker.communicator()) as worker:
+            worker.add_task_subscriber(lambda _, body: body)
+            assert pending.result(TIMEOUT) == name
+        broker.run("stop")
+        assert [path.name for path in broker.pipes.iterdir() if path.name.startswith("coordinator")] == []
+
+    run(None, "plain")
+    # Without strace's -f there are no numbers of threads.
+    log.write_text("".join(f"1 {line}\n" for line in log.read_text().splitlines()))
+    found = points(log, broker.profile)
+    assert len(found) > 10
+    for index, (point, _) in enumerate(found):
+        run(point, str(index))
+    sweep(broker)
