@@ -23,6 +23,7 @@ if not hasattr(os, "mkfifo"):
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import re
@@ -236,6 +237,7 @@ def _refuse_unsafe(pipes: Path) -> None:
         raise DirectoryRefused(f"{pipes} is open to other users: run 'chmod 700 {pipes}'.")
 
 
+@functools.lru_cache(maxsize=1024)
 def quoted(name: str) -> str:
     """Turn any text into something that can stand in a file name, different for different text.
 

@@ -489,29 +489,30 @@ class _Engine:
     def _reply(self, reply_to: object, correlation_id: object, **answer: Any) -> None:
         if not discovery.is_reply_pipe(reply_to):
             return
-        path = self.layout.pipes / str(reply_to)
+        name = str(reply_to)
         try:
             text = self._encode({"correlation_id": correlation_id, **answer})
         except Exception as error:
             text = fifo.encode({"correlation_id": correlation_id, "exception": f"the result cannot be sent: {error}"})
         for _ in range(2):
             try:
-                writer = self._writer(path.name)
+                writer = self._writer(name)
                 if writer is not None:
-                    writer.send(fifo.pack(text, path))
+                    writer.send(fifo.pack(text, writer.path))
                 return
             except BrokenPipeError:
                 continue
             except (OSError, BufferError) as error:
-                if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) and self._reply_with_spare(text, path):
+                if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) and self._reply_with_spare(text, name):
                     return
-                _LOGGER.error("A reply to %s was dropped: %s", path.name, error)
+                _LOGGER.error("A reply to %s was dropped: %s", name, error)
                 text = fifo.encode(
                     {"correlation_id": correlation_id, "exception": f"the result cannot be sent: {error}"}
                 )
 
-    def _reply_with_spare(self, text: str, path: Path) -> bool:
+    def _reply_with_spare(self, text: str, name: str) -> bool:
         """Answer although this process has no free descriptor: whoever waits would otherwise wait for ever."""
+        path = self.layout.pipes / name
         with self._poller.spare_descriptor(), contextlib.suppress(OSError):
             fifo.write_once(path, fifo.pack(text, path))
             return True

@@ -22,6 +22,7 @@ pipes nor processes.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -76,9 +77,7 @@ class Task:
         :raises OSError: it could not be read now; it may be readable later.
         """
         try:
-            if not stat.S_ISREG(os.lstat(path).st_mode):
-                raise Unreadable("it is not a regular file")
-            document = json.loads(path.read_bytes())
+            document = json.loads(_read(path))
             return cls(
                 name,
                 document["body"],
@@ -355,6 +354,26 @@ def _listed(directory: Path) -> list[str]:
         return [name for name in os.listdir(directory) if not name.startswith(".")]
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def _read(path: Path) -> bytes:
+    # As few system calls as it takes: this is done for each task.
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise Unreadable("it is not a regular file") from error
+        raise
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise Unreadable("it is not a regular file")
+        parts = [os.read(descriptor, status.st_size)]
+        while sum(map(len, parts)) < status.st_size and parts[-1]:
+            parts.append(os.read(descriptor, status.st_size))
+        return b"".join(parts)
+    finally:
+        os.close(descriptor)
 
 
 def _remove_claim(directory: Path) -> None:
