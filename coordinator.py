@@ -356,7 +356,10 @@ class PipeCoordinator:
         self._timers = [timer for timer in self._timers if timer[0] > until]
         heapq.heapify(self._timers)
         for _, _, call in sorted(due):
-            call()
+            try:
+                call()
+            except OSError as error:  # No descriptor is free, say; housekeeping looks again.
+                _LOGGER.error("What was due could not be done: %s", error)
 
     def _end(self) -> None:
         with contextlib.suppress(AttributeError):
