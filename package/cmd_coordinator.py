@@ -39,7 +39,7 @@ def warn_other_broker(profile) -> None:
 def start(ctx, foreground):
     """Start the coordinator.
 
-    Returns exit code 0 if the coordinator is running, non-zero if there was an error.
+    Returns exit code 0 once the coordinator serves, non-zero if it does not, or if one is running already.
     """
     warn_other_broker(ctx.obj.profile)
     run_coordinator_command(ctx, 'start', *(['--foreground'] if foreground else []))
