@@ -16,6 +16,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,6 +63,15 @@ def note(text):
     os.close(record)
 worker = communicator()
 """
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that other users can reach, as those of pytest are not."""
+    directory = Path(tempfile.mkdtemp(prefix="namedpipe-test-"))
+    directory.chmod(0o711)
+    yield directory
+    shutil.rmtree(directory)
 
 
 def room(path: Path, size: str) -> Iterator[None]:
@@ -233,7 +243,7 @@ def test_no_descriptors_in_the_coordinator(broker: Broker) -> None:
 
 
 @root
-def test_no_more_threads(broker: Broker, tmp_path: Path) -> None:
+def test_no_more_threads(broker: Broker, public: Path) -> None:
     script = (
         AS_OTHER_USER
         + """
@@ -258,7 +268,7 @@ made.close()
 print("ready"); sys.stdin.read()
 """
     )
-    _open_to_all(tmp_path)
+    broker.config_path = public / broker.profile
     broker.config_path.mkdir()
     os.chown(broker.config_path, OTHER_USER, OTHER_USER)
     process = broker.spawn(script)
@@ -271,7 +281,7 @@ print("ready"); sys.stdin.read()
 
 
 @root
-def test_read_only_configuration_directory(broker: Broker, tmp_path: Path) -> None:
+def test_read_only_configuration_directory(broker: Broker, public: Path) -> None:
     script = (
         AS_OTHER_USER
         + """
@@ -284,7 +294,7 @@ print(coordinator.main(["--profile", profile, "--config-path", config_path, "sta
 print("ready"); sys.stdin.read()
 """
     )
-    _open_to_all(tmp_path)
+    broker.config_path = public / broker.profile
     broker.config_path.mkdir(mode=0o555)
     process = broker.spawn(script)
     assert process.line() == (
@@ -296,13 +306,6 @@ print("ready"); sys.stdin.read()
     assert said[0] == "Coordinator: not running"
     assert process.line() == "3"
     assert process.line() == "ready"
-
-
-def _open_to_all(path: Path) -> None:
-    """Let other users reach a directory of pytest's."""
-    for directory in (path, *path.parents[:3]):
-        if directory.stat().st_mode & 0o077 == 0:
-            directory.chmod(0o711)
 
 
 # Slow and stopped
@@ -417,7 +420,7 @@ def test_coordinator_starts_on_many_waiting_tasks(broker: Broker) -> None:
 
 
 @root
-def test_other_users_can_do_nothing(served: Broker, tmp_path: Path) -> None:
+def test_other_users_can_do_nothing(served: Broker) -> None:
     script = (
         AS_OTHER_USER
         + """
@@ -432,7 +435,6 @@ print(coordinator.main(["--profile", profile, "--config-path", config_path, "sto
 print("ready"); sys.stdin.read()
 """
     )
-    _open_to_all(tmp_path)
     process = served.spawn(script)
     refused = [process.line() for _ in range(5)]
     assert refused == ["PermissionError", "PermissionError", "DirectoryRefused", "PermissionError", "PermissionError"]
@@ -747,7 +749,7 @@ print("ready"); sys.stdin.read()
 
 @root
 @pytest.mark.parametrize("first", ["root", "other"])
-def test_two_users_with_one_profile_name_never_meet(tmp_path: Path, broker: Broker, first: str) -> None:
+def test_two_users_with_one_profile_name_never_meet(public: Path, broker: Broker, first: str) -> None:
     script = (
         AS_OTHER_USER
         + """
@@ -765,8 +767,7 @@ served.stop()
 thread.join()
 """
     )
-    _open_to_all(tmp_path)
-    theirs = tmp_path / "theirs"
+    theirs = public / "theirs"
     theirs.mkdir()
     os.chown(theirs, OTHER_USER, OTHER_USER)
     ours = broker.config_path
