@@ -77,6 +77,11 @@ class Child:
         self.process.kill()
         self.process.wait()
 
+    def stop(self) -> None:
+        """Stop it with SIGSTOP, and wait until all its threads have."""
+        os.kill(self.pid, signal.SIGSTOP)
+        os.waitpid(self.pid, os.WUNTRACED)
+
     def end(self, seconds: float = TIMEOUT) -> int:
         """End its standard input, and return its exit status."""
         assert self.process.stdin is not None and self.process.stdout is not None

@@ -331,7 +331,7 @@ print("ready"); sys.stdin.read(); worker.close()
     communicator.add_broadcast_subscriber(lambda *_: heard.release())
     pid = coordinator.status(served.config_path)["pid"]
     before = _resident(pid)
-    os.kill(child.pid, signal.SIGSTOP)
+    child.stop()
     text = "x" * 3000
     for _ in range(40):
         for _ in range(1000):

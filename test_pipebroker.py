@@ -222,7 +222,7 @@ def test_idle_worker_gets_what_a_stopped_one_was_rung_for(served: Broker) -> Non
     child = served.child(WORKER, "stopped")
     idle = served.communicator()
     idle.add_task_subscriber(lambda *_: "idle")
-    os.kill(child.pid, signal.SIGSTOP)
+    child.stop()
     assert [idle.task_send(number).result(TIMEOUT) for number in range(6)] == ["idle"] * 6
     os.kill(child.pid, signal.SIGCONT)
 
@@ -444,7 +444,7 @@ def test_close_gives_unfinished_tasks_back_uncounted(served: Broker) -> None:
 
 def test_close_flushes(served: Broker) -> None:
     child = served.child(WORKER, "slow")
-    os.kill(child.pid, signal.SIGSTOP)
+    child.stop()
     other = served.communicator()
     done = threading.Semaphore(0)
     other.add_broadcast_subscriber(lambda *_: done.release())
