@@ -257,7 +257,7 @@ class _Queue:
         for member in list(self.members):
             on_disk = set(self.queue.names(f"claimed/{member.peer.worker.claim}"))
             for name in list(member.claimed):
-                if not os.path.exists(self.queue.path(name, f"claimed/{member.peer.worker.claim}")):
+                if not os.path.exists(self.queue.file(name, f"claimed/{member.peer.worker.claim}")):
                     member.claimed.discard(name)
             member.claimed |= on_disk - member.rung.keys()
             self._place(member)
@@ -412,7 +412,7 @@ class PipeCoordinator:
             peer = self._peers.get(message["worker"])
             member = peer.members.get(queue.key) if peer else None
             if member is not None:
-                for what in ("lost", "done", "rejected", "claimed"):
+                for what in ("claimed", "lost", "done", "rejected"):
                     for name in filter(discovery.is_quoted, message.get(what, ())):
                         queue.report(member, what, name)
         else:

@@ -128,7 +128,7 @@ def unpack(data: bytes, receiver: Path) -> Message:
     :raises OSError: the file it names cannot be read.
     """
     try:
-        message = json.loads(data[_HEADER.size :])
+        message = json.loads(str(data[_HEADER.size :], "utf-8"))
         if isinstance(message, dict) and "body_file" in message:
             body = claimed_body(data, receiver)
             if body is None:

@@ -63,6 +63,8 @@ DEFAULT_QUEUE = "kiwipy.tasks"
 """The name by which `PipeCommunicator.task_queue` gives the default queue, as in ``kiwipy.rmq.defaults``."""
 BROADCASTS_KEPT_SECONDS = 60.0
 _FLUSH_SECONDS = 5.0
+_REPORT_SECONDS = 0.02
+_REPORT_NAMES = min(16, fifo.LARGEST_TEXT // 150)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -217,6 +219,8 @@ class _Engine:
         self._held: deque[tuple[float, bytes]] = deque()
         self._held_mutex = threading.Lock()
         self._reports: dict[str, dict[str, list[str]]] = {}
+        self._unreported = 0
+        self._report_at: float | None = None
         self._is_worker = False
         self._done = False
         self._gone = False
@@ -522,9 +526,13 @@ class _Engine:
 
     def _run(self) -> None:
         while not self._done:
-            self._poller.poll(max(0.0, self._held[0][0] - time.monotonic()) if self._held else None)
+            due = [self._held[0][0]] if self._held else []
+            due += [self._report_at] if self._report_at is not None else []
+            self._poller.poll(max(0.0, min(due) - time.monotonic()) if due else None)
             if self._held:
                 self._expire_held()
+            if self._report_at is not None and self._report_at <= time.monotonic():
+                self._send_reports()
         self._tear_down()
 
     def _on_ring(self, reader: fifo.Reader, frames: list[bytes]) -> None:
@@ -534,6 +542,7 @@ class _Engine:
                 for name in names:
                     if discovery.is_quoted(name):
                         self.tasks.put(functools.partial(self._work, side, name))
+                self._report_soon()
             else:
                 _LOGGER.warning("%s: a frame that is no ring", reader.path)
 
@@ -728,7 +737,7 @@ class _Engine:
 
     def _settle(self, side: _Side, task: taskqueue.Task, **answer: Any) -> None:
         if self.settle(side, task, **answer):
-            self._report(side, "done", task.name, later=not self.tasks.is_empty())
+            self._report(side, "done", task.name)
 
     def settle(self, side: _Side, task: taskqueue.Task, **answer: Any) -> bool:
         """Send a task's outcome, and then move it to ``completed/``."""
@@ -739,13 +748,25 @@ class _Engine:
 
         return side.claims is not None and side.claims.settle(task.name, reply)
 
-    def _report(self, side: _Side, kind: str, name: str, later: bool = False) -> None:
-        """Tell the coordinator what became of a task; `later`: with the next one, which is about to come."""
+    def _report(self, side: _Side, kind: str, name: str) -> None:
+        """Tell the coordinator what became of a task: soon, or at once where it may have another for us."""
         with self._mutex:
             self._reports.setdefault(side.key, {}).setdefault(kind, []).append(name)
-            if later and len(self._reports[side.key][kind]) < 10:
+            self._unreported += 1
+            if self._unreported < _REPORT_NAMES and (kind == "claimed" or not self.tasks.is_empty()):
+                if self._report_at is None:
+                    self._poller.call(self._report_soon)
                 return
+        self._send_reports()
+
+    def _report_soon(self) -> None:
+        if self._report_at is None:
+            self._report_at = time.monotonic() + _REPORT_SECONDS
+
+    def _send_reports(self) -> None:
+        with self._mutex:
             reports, self._reports = self._reports, {}
+            self._unreported, self._report_at = 0, None
         for key, names in reports.items():
             self._ring({"type": "report", "worker": self.worker_id, "queue": key, **names})
 
@@ -906,11 +927,12 @@ class _Engine:
         for readers in self._readers.values():
             for reader in readers:
                 reader.close()
-        for name in os.listdir(self.layout.pipes) if self._is_worker else []:
-            receiver = discovery.body_receiver(name)
-            if receiver in {reader.path.name for readers in self._readers.values() for reader in readers}:
-                (self.layout.pipes / name).unlink(missing_ok=True)
         self._poller.close()
+        names = {reader.path.name for readers in self._readers.values() for reader in readers}
+        with contextlib.suppress(FileNotFoundError):  # Somebody may have removed the directory.
+            for name in os.listdir(self.layout.pipes) if self._is_worker else []:
+                if discovery.body_receiver(name) in names:
+                    (self.layout.pipes / name).unlink(missing_ok=True)
 
     def _fail_calls(self) -> None:
         while self._calls:

@@ -70,7 +70,7 @@ class Task:
     correlation_id: str | None
 
     @classmethod
-    def read(cls, path: Path, name: str) -> Task:
+    def read(cls, path: Path | str, name: str) -> Task:
         """Read a task file.
 
         :raises Unreadable: it does not hold a task.
@@ -98,13 +98,18 @@ class TaskQueue:
         :param fsync: whether `put` waits until the task would survive a loss of power.
         """
         self.directory = directory
+        self._root = str(directory)
         self._fsync = fsync
         if make:
             self._make()
 
     def path(self, name: str, state: str = "") -> Path:
         """Return where a task is kept in a state: '' (waiting), 'completed', 'failed' or 'claimed/…'."""
-        return self.directory / state / f"task_{name}.json"
+        return Path(self.file(name, state))
+
+    def file(self, name: str, state: str = "") -> str:
+        """Return the same as `path`; making a `Path` takes as long as the system call that it is for."""
+        return os.path.join(self._root, state, f"task_{name}.json")
 
     def put(self, task_id: str, text: str, announce: Callable[[], None]) -> None:
         """Add a task: when this returns, it would survive a loss of power.
@@ -114,7 +119,7 @@ class TaskQueue:
             loss of power may leave the task, half of it or nothing; a worker finds it whole.
         :raises OSError: it could not be written, and nothing is left of it.
         """
-        path, draft = self.path(task_id), self.directory / f".{task_id}"
+        path, draft = self.file(task_id), f"{self._root}/.{task_id}"
         try:
             descriptor = self._create(draft)
             with open(descriptor, "wb", buffering=0) as file:
@@ -127,11 +132,12 @@ class TaskQueue:
                     os.fsync(descriptor)
                     _fsync_directory(self.directory)
         except OSError:
-            draft.unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
+            for left in (draft, path):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(left)
             raise
 
-    def _create(self, path: Path) -> int:
+    def _create(self, path: str) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         try:
             return os.open(path, flags, 0o600)
@@ -159,7 +165,7 @@ class TaskQueue:
 
     def is_waiting(self, name: str) -> bool:
         """Say whether a task waits under this name."""
-        return os.path.lexists(self.path(name))
+        return os.path.lexists(self.file(name))
 
     def reason(self, name: str) -> str:
         """Return why a task failed; '' if that is not known."""
@@ -266,6 +272,7 @@ class Claims:
         self._held: set[str] = set()
         self._mutex = threading.RLock()
         self._closed = False
+        self._state = f"claimed/{claim}"
         draft = self.directory.with_name(f".{claim}")
         draft.mkdir(mode=0o700)
         with contextlib.ExitStack() as undo:
@@ -283,21 +290,21 @@ class Claims:
         :raises Unreadable: it was no task; it is in ``failed/`` now.
         :raises OSError: it could not be read now, and it waits again.
         """
-        path = self.directory / f"task_{name}.json"
+        path, waiting = self.queue.file(name, self._state), self.queue.file(name)
         with self._mutex:
             if self._closed:
                 return None
             try:
-                os.rename(self.queue.path(name), path)
+                os.rename(waiting, path)
             except FileNotFoundError:
                 return None
             try:
                 task = Task.read(path, name)
             except Unreadable as error:
-                self.queue.fail(path, str(error))
+                self.queue.fail(Path(path), str(error))
                 raise
             except OSError:
-                os.rename(path, self.queue.path(name))
+                os.rename(path, waiting)
                 raise
             self._held.add(name)
             return task
@@ -312,11 +319,11 @@ class Claims:
             if name not in self._held:
                 return False
             before()
-            path = self.directory / f"task_{name}.json"
+            path = self.queue.file(name, self._state)
             with contextlib.suppress(FileNotFoundError):
                 if state:
                     os.utime(path)  # When it was done; housekeeping goes by that.
-                os.rename(path, self.queue.path(name, state))
+                os.rename(path, self.queue.file(name, state))
             self._held.discard(name)
             return True
 
@@ -330,7 +337,7 @@ class Claims:
             names = sorted(self._held)
             for name in names:
                 with contextlib.suppress(OSError):
-                    os.rename(self.directory / f"task_{name}.json", self.queue.path(name))
+                    os.rename(self.queue.file(name, self._state), self.queue.file(name))
             self._held.clear()
             with contextlib.suppress(OSError):
                 _remove_claim(self.directory)
@@ -356,7 +363,7 @@ def _listed(directory: Path) -> list[str]:
         return []
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path | str) -> bytes:
     # As few system calls as it takes: this is done for each task.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)

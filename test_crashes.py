@@ -167,7 +167,11 @@ def said(child: Child) -> str:
 WORKER = """
 record = os.open(arguments[0], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 worker = communicator("worker")
-worker.add_task_subscriber(lambda _, body: os.write(record, f"{body}\\n".encode()) and body)
+def work(_, body):
+    os.write(record, f"{body}\\n".encode())
+    time.sleep(0.04)  # Work, for long enough that it is reported as claimed.
+    return body
+worker.add_task_subscriber(work)
 print("ready"); sys.stdin.read()
 os._exit(0)
 """

@@ -525,6 +525,15 @@ BAD_TASKS = {
 }
 
 
+def test_closing_when_the_pipes_directory_is_gone(broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
+    communicator = broker.communicator()
+    communicator.add_rpc_subscriber(lambda _, body: body, "somebody")
+    communicator.add_task_subscriber(lambda _, body: body)
+    shutil.rmtree(broker.pipes)
+    communicator.close()
+    assert not caplog.records, "and conftest looks whether a descriptor is left"
+
+
 def test_bad_task_files_fail_with_a_reason_and_stop_nothing(served: Broker, tmp_path: Path) -> None:
     bad = {}
     for title, content in BAD_TASKS.items():
