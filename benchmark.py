@@ -362,8 +362,8 @@ def processor_seconds(pid: int) -> float:
 def floor() -> float:
     """Return the median of the microseconds that a byte takes through one FIFO and back through another.
 
-    On Linux each of the two processes has a core of its own, as senders and workers mostly have: left alone, the two may
-    share one or not, which makes a tenfold difference from run to run.
+    On Linux each of the two processes has a core of its own, as senders and workers mostly have: left alone, the two
+    may share one or not, which makes a tenfold difference from run to run.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if len(cores) < 2:

@@ -150,6 +150,7 @@ class _Queue:
             self._rejected.pop(name, None)
         elif kind == "lost":
             self._unring(member, name)
+            self._find(name)
         elif kind == "rejected":
             member.claimed.discard(name)
             member.rung.pop(name, None)
@@ -157,6 +158,16 @@ class _Queue:
             self.known.add(name)
             self._rejected.setdefault(name, _Rejection()).by.add(member.peer.worker.claim)
         self._place(member)
+
+    def _find(self, name: str) -> None:
+        """Find on the disk who has claimed a task and has not said so: a stopped worker cannot."""
+        others = list(self._rung.get(name, (0.0, []))[1])
+        if others and not self.queue.is_waiting(name):
+            for other in others:
+                if os.path.exists(self.queue.file(name, f"claimed/{other.peer.worker.claim}")):
+                    other.claimed.add(name)
+                self._unring(other, name)
+                self._place(other)
 
     def _unring(self, member: _Member, name: str) -> None:
         member.rung.pop(name, None)
