@@ -7,7 +7,8 @@ says what became of it. Two workers rung for one task is normal, since the renam
 
 Rules:
 - A worker is rung for at most `_WINDOW` tasks that it has not claimed yet, and for no more than its prefetch.
-- A task that was rung at a worker which does not claim it is rung again at one that has nothing to start.
+- A task that was rung at a worker which does not claim it is rung again at one that has nothing to start; the first
+  is rung for nothing more until it reports.
 - Broadcasts are forwarded undecoded. The registrations that came before one are read before it is fanned out.
 - Every ten seconds, in slices, it looks for what no event told it of: drift between memory and disk, what the
   dead left.
@@ -79,11 +80,14 @@ class _Member:
     prefetch: int
     rung: dict[str, None] = field(default_factory=dict)
     claimed: set[str] = field(default_factory=set)
+    silent: bool = False
+    """Whether others were rung for what it did not claim, and it has reported nothing since."""
 
     def has_capacity(self) -> bool:
         """Say whether it may be rung for one more task."""
         return (
-            len(self.rung) < _WINDOW
+            not self.silent
+            and len(self.rung) < _WINDOW
             and (not self.prefetch or len(self.rung) + len(self.claimed) < self.prefetch)
             and self.peer.task is not None
             and not self.peer.task.is_full
@@ -138,6 +142,7 @@ class _Queue:
 
     def report(self, member: _Member, kind: str, name: str) -> None:
         """A worker says what became of a task it was rung for."""
+        member.silent = False
         if kind == "claimed":
             member.claimed.add(name)
             for other in self._rung.pop(name, (0.0, []))[1]:
@@ -255,6 +260,9 @@ class _Queue:
             rejection = self._rejected.get(name, _Rejection())
             for member in free:
                 if member not in others and member.peer.worker.claim not in rejection.by:
+                    for other in others:
+                        other.silent = True
+                        self._place(other)
                     self._ring(member, name)
                     free.remove(member)
                     break
@@ -271,6 +279,7 @@ class _Queue:
                 if not os.path.exists(self.queue.file(name, f"claimed/{member.peer.worker.claim}")):
                     member.claimed.discard(name)
             member.claimed |= on_disk - member.rung.keys()
+            member.silent = False
             self._place(member)
             yield
         for name in list(self._rejected):

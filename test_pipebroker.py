@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import gc
 import json
 import os
 import random
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections import Counter
@@ -224,6 +227,25 @@ def test_idle_worker_gets_what_a_stopped_one_was_rung_for(served: Broker) -> Non
     idle.add_task_subscriber(lambda *_: "idle")
     child.stop()
     assert [idle.task_send(number).result(TIMEOUT) for number in range(6)] == ["idle"] * 6
+    os.kill(child.pid, signal.SIGCONT)
+
+
+def test_stopped_worker_is_rung_for_little(served: Broker) -> None:
+    child = served.child(WORKER, "stopped")
+    other, go = served.communicator(), threading.Semaphore(0)
+    other.add_task_subscriber(lambda *_: go.acquire(timeout=TIMEOUT) and "other")
+    child.stop()
+    for _ in range(20):
+        sent = [other.task_send(number) for number in range(100)]
+        go.release(100)
+        assert {future.result(TIMEOUT) for future in sent} == {"other"}
+    descriptor = os.open(served.pipes / "task_stopped", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        unread = struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, b"\0" * 4))[0]
+    finally:
+        os.close(descriptor)
+    # The 64 that a worker may have unclaimed, and not as many in each round: every round would wait for that.
+    assert 0 < unread < 2 * 64 * 100
     os.kill(child.pid, signal.SIGCONT)
 
 
