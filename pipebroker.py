@@ -526,12 +526,14 @@ class _Engine:
 
     def _run(self) -> None:
         while not self._done:
+            # Read once: another thread that sends the reports resets it at any time.
+            report_at = self._report_at
             due = [self._held[0][0]] if self._held else []
-            due += [self._report_at] if self._report_at is not None else []
+            due += [report_at] if report_at is not None else []
             self._poller.poll(max(0.0, min(due) - time.monotonic()) if due else None)
             if self._held:
                 self._expire_held()
-            if self._report_at is not None and self._report_at <= time.monotonic():
+            if report_at is not None and report_at <= time.monotonic():
                 self._send_reports()
         self._tear_down()
 
