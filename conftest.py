@@ -25,6 +25,10 @@ HERE = Path(__file__).resolve().parent
 TIMEOUT = 30.0
 COORDINATOR = (sys.executable, HERE / "coordinator.py")
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that runs the suite in the background has it ignored, and children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def eventually(condition: Callable[[], Any], seconds: float = TIMEOUT) -> Any:
     """Wait for what no event tells, and return it."""
