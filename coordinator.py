@@ -729,9 +729,11 @@ def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
 def tasks(config_path: str | os.PathLike[str], state: str | None = None) -> list[dict[str, Any]]:
     """List the tasks, oldest first; the answer is what ``tasks --json`` prints.
 
+    A task that moves on meanwhile is listed once, in the state where it was met last.
+
     :param state: 'waiting', 'claimed', 'completed' or 'failed' (default: all).
     """
-    rows = []
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for key, queue in _existing_queues(discovery.locate(config_path)).items():
         for place in ("waiting", "claimed", "completed", "failed"):
             if state not in (None, place):
@@ -751,8 +753,8 @@ def tasks(config_path: str | os.PathLike[str], state: str | None = None) -> list
                 }
                 row["worker"] = claim.rpartition(".")[0] if claim else None
                 row["reason"] = queue.reason(name) if place == "failed" else None
-                rows.append(row)
-    return sorted(rows, key=lambda row: str(row["id"]))
+                rows[key, task_id] = row
+    return sorted(rows.values(), key=lambda row: str(row["id"]))
 
 
 def requeue(config_path: str | os.PathLike[str], task_id: str) -> bool:

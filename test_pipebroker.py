@@ -464,6 +464,16 @@ def test_close_gives_unfinished_tasks_back_uncounted(served: Broker) -> None:
     assert [row["deaths"] for row in coordinator.tasks(served.config_path)] == [0]
 
 
+def test_tasks_that_move_meanwhile_are_listed_once(served: Broker) -> None:
+    sender = served.communicator()
+    sent = [sender.task_send(number) for number in range(500)]
+    served.child(WORKER)
+    while not all(future.done() for future in sent):
+        # A name that moves on between two looks at the directories is in both.
+        rows = coordinator.tasks(served.config_path)
+        assert len({row["id"] for row in rows}) == len(rows) == 500
+
+
 def test_close_flushes(served: Broker) -> None:
     child = served.child(WORKER, "slow")
     child.stop()
