@@ -467,7 +467,7 @@ def test_close_gives_unfinished_tasks_back_uncounted(served: Broker) -> None:
 def test_tasks_that_move_meanwhile_are_listed_once(served: Broker) -> None:
     sender = served.communicator()
     sent = [sender.task_send(number) for number in range(500)]
-    served.child(WORKER)
+    served.child(RECORDER, served.config_path / "record")
     while not all(future.done() for future in sent):
         # A name that moves on between two looks at the directories is in both.
         rows = coordinator.tasks(served.config_path)
