@@ -85,7 +85,7 @@ def state(broker: Broker) -> str:
 
 
 def each_point(tmp_path: Path, place: str, run: Callable[[Callable[[int], Strace], str], bool]) -> None:
-    """Run something plainly, and then once for each crash point.
+    """Run something plainly, three times, and then once for each crash point.
 
     :param run: runs it; it is given what attaches strace to a process, and the name of the run, and says whether it
         came to its end.
@@ -104,8 +104,12 @@ def each_point(tmp_path: Path, place: str, run: Callable[[Callable[[int], Strace
             while lives:
                 lives.pop().end()
 
-    assert once(None, "plain")
-    found = points(log, place)
+    plain = []
+    for number in range(3):
+        assert once(None, f"plain{number}")
+        plain.append(points(log, place))
+    # The shortest, as a second look or a round of housekeeping adds calls that another run does not make.
+    found = min(plain, key=len)
     assert len(found) > 1
     survived = [text for index, (point, text) in enumerate(found) if once(point, str(index))]
     assert len(survived) <= len(found) // 4, f"too many were not killed: {survived}"
@@ -153,7 +157,7 @@ def test_sender(served: Broker, tmp_path: Path) -> None:
 
     each_point(tmp_path, served.profile, run)
     sweep(served)
-    assert rows == ["1 waiting"] + ["nothing"] * 3 + ["1 waiting"] * (len(rows) - 4), rows
+    assert rows == ["1 waiting"] * 3 + ["nothing"] * 3 + ["1 waiting"] * (len(rows) - 6), rows
 
 
 def said(child: Child) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import os
@@ -503,10 +504,15 @@ def test_pipes_that_were_replaced(served: Broker, tmp_path: Path) -> None:
         with pytest.raises((discovery.DirectoryRefused, kiwipy.UnroutableError)):
             communicator.rpc_send(name, 1)
     assert bait.read_bytes() == b""
-    # The coordinator's housekeeping sees it, and the workers make their pipes again.
+
+    def answers(name: str) -> bool:
+        with contextlib.suppress(discovery.DirectoryRefused, kiwipy.UnroutableError):
+            return bool(communicator.rpc_send(name, 1).result(TIMEOUT) == 1)
+        return False
+
+    # The coordinator's housekeeping sees it, and the workers make first their pipes again, then their routes.
     for name in impostors:
-        eventually(lambda: (served.pipes / f"rpc_{name}").is_fifo())
-        assert communicator.rpc_send(name, 1).result(TIMEOUT) == 1
+        eventually(functools.partial(answers, name))
 
 
 def _make(kind: int) -> Callable[[Path], None]:
