@@ -196,7 +196,11 @@ def broker(tmp_path: Path) -> Iterator[Broker]:
             assert sorted(claims.iterdir()) == []
     finally:
         made.stack.close()
-        shutil.rmtree(made.pipes, ignore_errors=True)
+        if made.pipes.is_dir() and not made.pipes.is_symlink():
+            shutil.rmtree(made.pipes, ignore_errors=True)
+        else:
+            # What a test of squatters left that failed; rmtree would wait for ever for a FIFO's writer.
+            made.pipes.unlink(missing_ok=True)
 
 
 @pytest.fixture
