@@ -15,7 +15,6 @@ import subprocess
 import sys
 import termios
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -26,47 +25,8 @@ import pytest
 import coordinator
 import discovery
 import fifo
-import taskqueue
-from conftest import HERE, TIMEOUT, Broker, eventually, is_gone
+from harness import HERE, HOLDER, PULLER, RECORDER, SENDER, TIMEOUT, WORKER, Broker, eventually, recorded
 from pipebroker import DEFAULT_QUEUE, PipeCommunicator
-
-WORKER = """
-worker = communicator(arguments[0] if arguments else None)
-worker.add_task_subscriber(lambda _, body: print(body) or body)
-worker.add_rpc_subscriber(lambda _, body: [os.getpid(), body], worker.worker_id)
-worker.add_broadcast_subscriber(lambda _, *message: print(list(message)))
-print("ready"); sys.stdin.read(); worker.close()
-"""
-# Writes each body that it works on to a file, one write a line, so that the file is the evidence.
-RECORDER = """
-record = os.open(arguments[0], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-worker = communicator()
-worker.add_task_subscriber(lambda _, body: os.write(record, f"{body}\\n".encode()))
-print("ready"); sys.stdin.read(); worker.close()
-"""
-# Holds whatever it gets for ever.
-HOLDER = """
-worker = communicator(arguments[0])
-worker.add_task_subscriber(lambda *_: kiwipy.Future())
-worker.add_rpc_subscriber(lambda *_: kiwipy.Future(), arguments[0])
-print("ready"); sys.stdin.read()
-"""
-PULLER = """
-tasks = iter(communicator(arguments[0]).task_queue("kiwipy.tasks"))
-task = next(tasks)
-print("ready"); sys.stdin.read()
-"""
-SENDER = """
-print("ready"); sys.stdin.readline()
-with communicator(fsync=False) as sender:
-    for number in range(int(arguments[1])):
-        sender.task_send(f"{arguments[0]}-{number}", no_reply=True)
-"""
-
-
-def recorded(path: Path) -> list[str]:
-    return path.read_text().split() if path.exists() else []
-
 
 # Tasks
 
@@ -464,16 +424,6 @@ def test_close_gives_unfinished_tasks_back_uncounted(served: Broker) -> None:
     assert [row["deaths"] for row in coordinator.tasks(served.config_path)] == [0]
 
 
-def test_tasks_that_move_meanwhile_are_listed_once(served: Broker) -> None:
-    sender = served.communicator()
-    sent = [sender.task_send(number) for number in range(500)]
-    served.child(RECORDER, served.config_path / "record")
-    while not all(future.done() for future in sent):
-        # A name that moves on between two looks at the directories is in both.
-        rows = coordinator.tasks(served.config_path)
-        assert len({row["id"] for row in rows}) == len(rows) == 500
-
-
 def test_close_flushes(served: Broker) -> None:
     child = served.child(WORKER, "slow")
     child.stop()
@@ -684,152 +634,6 @@ def test_quoted_names_never_become_paths() -> None:
     assert len(set(names)) == len(ODD)
     assert all(discovery.is_quoted(name) and "/" not in name and not name.startswith(".") for name in names)
     assert not any(discovery.is_quoted(name) for name in ("..", "", "a/b", "a\n", 5, None, "x" * 201))
-
-
-def test_large_body_must_be_for_this_pipe(tmp_path: Path) -> None:
-    receiver = tmp_path / "rpc_me"
-    for name in ("../secret", "/etc/passwd", f"body_other.{'0' * 32}", f"body_rpc_me.{'0' * 31}/", 17, None):
-        text = json.dumps({"body_file": name}, separators=(",", ":"))
-        with pytest.raises(fifo.Garbage):
-            fifo.unpack(fifo.frame(text) or b"", receiver)
-    body = tmp_path / f"body_rpc_me.{'0' * 32}"
-    body.symlink_to("/etc/passwd")
-    with pytest.raises(OSError):
-        fifo.unpack(fifo.frame(f'{{"body_file":"{body.name}"}}') or b"", receiver)
-
-
-def test_frames_are_found_again_after_garbage() -> None:
-    for seed in range(300):
-        chance = random.Random(seed)
-        proper, stream = [], b""
-        for number in range(20):
-            frame = fifo.frame(json.dumps({"number": number, "text": "x" * chance.randrange(300)})) or b""
-            garbage = chance.choice(
-                [
-                    b"",
-                    os.urandom(chance.randrange(50)),
-                    frame[: chance.randrange(len(frame))],
-                    b"\0" * chance.randrange(9),
-                ]
-            )
-            stream += garbage + frame
-            proper.append(frame)
-        frames, found = fifo.Frames(), []
-        while stream:
-            size = chance.randrange(1, 400)
-            found += frames.feed(stream[:size])
-            stream = stream[size:]
-        assert [frame for frame in found if frame in proper] == proper, seed
-
-
-# The command line
-
-
-def test_status_without_anything(broker: Broker) -> None:
-    assert "not running" in broker.run("status", status=3)
-    assert json.loads(broker.run("status", "--json", status=3))["tasks"]["waiting"] == 0
-    assert "not running" in broker.run("stop")
-    assert not broker.config_path.exists()
-
-
-def test_command_line(broker: Broker) -> None:
-    assert "Started" in broker.run("start")
-    broker.stack.callback(coordinator.stop, broker.config_path)
-    said = json.loads(broker.run("status", "--json"))
-    assert said["running"] and said["pipes"] == str(broker.pipes)
-    assert f"with pid {said['pid']}" in broker.run("start", status=1)
-    assert f"with pid {said['pid']}" in broker.run(status=1)
-    child = broker.child(WORKER, "alpha")
-    broker.communicator().task_send("body").result(TIMEOUT)
-    said = json.loads(broker.run("status", "--json"))
-    (worker,) = said["workers"]
-    assert (worker["worker_id"], worker["pid"], worker["rpc"], worker["broadcast"]) == ("alpha", child.pid, 1, True)
-    assert worker["queues"] == {"default": 0} and worker["in_hand"] == 0
-    assert "alpha" in broker.run("status")
-    (row,) = json.loads(broker.run("tasks", "--state", "completed", "--json"))
-    assert "completed" in broker.run("tasks")
-    assert child.line() == "body"
-    broker.run("requeue", row["id"])
-    assert child.line() == "body"
-    assert "no failed or completed task" in broker.run("requeue", "unknown", status=1)
-    assert "Restarted" in broker.run("restart")
-    again = json.loads(broker.run("status", "--json"))
-    assert again["pid"] != said["pid"]
-    assert f"pid {again['pid']}" in broker.run("stop")
-    assert eventually(lambda: is_gone(again["pid"]))
-    broker.run("status", status=3)
-    assert {path.name for path in broker.pipes.glob("coordinator_*")} == set()
-    for text in ("Serving", "Worker alpha", "Stopped"):
-        assert text in broker.log()
-
-
-def test_foreground(broker: Broker) -> None:
-    command = [
-        sys.executable,
-        HERE / "coordinator.py",
-        "--profile",
-        broker.profile,
-        "--config-path",
-        broker.config_path,
-    ]
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        with subprocess.Popen([*command, "start", "--foreground"], stderr=subprocess.PIPE, text=True) as process:
-            assert process.stderr is not None and "Serving" in process.stderr.readline()
-            process.send_signal(signal_number)
-            assert "Stopped" in process.stderr.read()
-        assert process.returncode == 0
-
-
-def test_help_is_for_people(broker: Broker) -> None:
-    text = broker.run("--help")
-    assert all(word in text for word in ("start", "stop", "restart", "status", "tasks", "requeue", "--config-path"))
-
-
-def test_failed_task_is_listed_with_the_reason(served: Broker) -> None:
-    communicator = served.communicator()
-    communicator.add_task_subscriber(lambda _, body: body)
-    task_id = taskqueue.new_id()
-    (served.queue / f"task_{task_id}.json").write_text('{"body": ')
-    assert fifo.knock(served.pipes / discovery.TASKS_INTAKE, {"type": "task", "queue": "", "name": task_id})
-    (row,) = eventually(lambda: coordinator.tasks(served.config_path, "failed"))
-    assert row["id"] == task_id and "JSONDecodeError" in row["reason"]
-    assert communicator.task_send("next").result(TIMEOUT) == "next"
-
-
-# Housekeeping
-
-
-def test_housekeeping(served: Broker) -> None:
-    communicator = served.communicator("alive")
-    communicator.add_rpc_subscriber(lambda *_: "answer", "x")
-    communicator.add_task_subscriber(lambda _, body: body)
-    assert communicator.task_send("old").result(TIMEOUT) == "old"
-    (old,) = eventually(lambda: list(served.queue.glob("completed/task_*")))
-    os.utime(old, (0, time.time() - 25 * 3600))
-    dead = served.child(WORKER, "dead")
-    dead.kill()
-    orphan = served.pipes / discovery.body_name("rpc_dead")
-    orphan.touch()
-    unrung = served.queue / f"task_{taskqueue.new_id()}.json"
-    unrung.with_name(".draft").write_text('{"body": "nobody rang"}')
-    unrung.with_name(".draft").rename(unrung)
-    for path in (*served.pipes.glob("*_alive"), *served.pipes.glob("route_x"), *served.pipes.glob("reply_*")):
-        path.unlink(missing_ok=True)
-    eventually(lambda: not old.exists() and not orphan.exists() and not unrung.exists())
-    eventually(lambda: len(list(served.pipes.glob("*_alive"))) == 2 and (served.pipes / "route_x").is_symlink())
-    with PipeCommunicator(served.profile, served.config_path) as other:
-        assert other.rpc_send("x", 1).result(TIMEOUT) == "answer"
-        assert other.task_send("new").result(TIMEOUT) == "new"
-
-
-def test_cleanup_dead_processes(broker: Broker) -> None:
-    assert discovery.cleanup_dead_processes(broker.config_path) == 0
-    child = broker.child(WORKER, "victim")
-    os.kill(broker.start(), signal.SIGKILL)
-    child.kill()
-    eventually(lambda: not discovery.is_alive(broker.pipes / discovery.TASKS_INTAKE))
-    assert discovery.cleanup_dead_processes(broker.config_path) == 2
-    assert not list(broker.pipes.glob("*_victim"))
 
 
 def test_import_needs_fifos() -> None:

@@ -94,8 +94,8 @@ class Target:
     def files(self) -> dict[Path, bytes]:
         """Return the files that are the broker's own, with what they are to hold."""
         files = {self.copy / name: MARK + (HERE / name).read_bytes() for name in MODULES}
-        files[self.copy / "__init__.py"] = MARK + (HERE / "package" / "__init__.py").read_bytes()
-        files[self.command] = MARK + (HERE / "package" / "cmd_coordinator.py").read_bytes()
+        files[self.copy / "__init__.py"] = MARK + (HERE / "vendored" / "__init__.py").read_bytes()
+        files[self.command] = MARK + (HERE / "vendored" / "cmd_coordinator.py").read_bytes()
         return files
 
     def with_broker(self) -> dict[Path, Content]:

@@ -1,6 +1,6 @@
 """Random work under random SIGKILL, SIGSTOP and restarts: does what may never happen, happen?
 
-    python torture.py --minutes 5 --seed 7
+    python tools/torture.py --minutes 5 --seed 7
 
 Senders and workers append a line to a file before or after each step, so that the evidence outlives them. At the end:
 every task whose ``task_send`` returned was done; whoever did a task that was done again was killed; every call and
@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import kiwipy
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
 
 import coordinator
 import discovery

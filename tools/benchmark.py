@@ -1,8 +1,8 @@
 """How fast, beside AiiDA's ZeroMQ broker, RabbitMQ and a bare FIFO: the same work, in turn, in one run.
 
-    python benchmark.py                 # all that is installed here, as a table with ratios
-    python benchmark.py --growth        # how the cost grows with senders, workers, bodies and waiting tasks
-    python benchmark.py --json FILE --svg FILE
+    python tools/benchmark.py                 # all that is installed here, as a table with ratios
+    python tools/benchmark.py --growth        # how the cost grows with senders, workers, bodies and waiting tasks
+    python tools/benchmark.py --json FILE --svg FILE
 
 ZeroMQ needs ``aiida-core>=2.9`` and RabbitMQ needs ``kiwipy[rmq]`` in this Python, and Debian's ``rabbitmq-server``.
 Each broker has its own process, and so has each sender and worker. A figure is the median of the rounds; brokers take
@@ -32,12 +32,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
+
 import coordinator
 import discovery
 import taskqueue
+from harness import HERE
 from pipebroker import PipeCommunicator
 
-HERE = Path(__file__).resolve().parent
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 PROFILE = f"benchmark{os.getpid()}"
 SENDERS, SUBSCRIBERS, IN_FLIGHT, BURST = 4, 4, 100, 5000

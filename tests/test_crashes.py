@@ -22,7 +22,7 @@ import pytest
 import coordinator
 import discovery
 import taskqueue
-from conftest import COORDINATOR, TIMEOUT, Broker, Child, eventually
+from harness import COORDINATOR, TIMEOUT, Broker, Child, eventually
 
 CALLS = "openat,write,/^rename,/^unlink,/^symlink,/^mkdir,rmdir,/^mknod,/^link,fsync,flock,ftruncate,utimensat,close"
 LINE = re.compile(r"^(\d+) +(\w+)\((.*)")

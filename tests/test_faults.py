@@ -8,10 +8,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import io
 import json
 import os
-import random
 import resource
 import shutil
 import signal
@@ -29,7 +27,7 @@ import coordinator
 import discovery
 import fifo
 import taskqueue
-from conftest import TIMEOUT, Broker, eventually
+from harness import ECHO, FORKER, HOARD, TIMEOUT, Broker, eventually
 from pipebroker import PipeCommunicator
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user, and mount a small disk")
@@ -40,29 +38,6 @@ for name in ("encodings.idna", "gettext", "json.decoder", "locale", "unicodedata
     with contextlib.suppress(ImportError):
         __import__(name)  # Afterwards this process may not read the library.
 os.setgroups([]); os.setgid({OTHER_USER}); os.setuid({OTHER_USER})
-"""
-ECHO = """
-worker = communicator(arguments[0])
-worker.add_task_subscriber(lambda _, body: body)
-worker.add_rpc_subscriber(lambda _, body: body, arguments[0])
-print("ready"); sys.stdin.read(); worker.close()
-"""
-# Each line that it is given is one more worker, made by fork(2), as starting a process takes long.
-FORKER = """
-import signal, threading
-from pathlib import Path
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-print("ready")
-for line in sys.stdin:
-    if os.fork() == 0:
-        break
-else:
-    os._exit(0)
-def note(text):
-    record = os.open(arguments[0], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.write(record, f"{text}\\n".encode())
-    os.close(record)
-worker = communicator()
 """
 
 
@@ -157,23 +132,6 @@ def test_full_disk_of_the_pipes(broker: Broker) -> None:
         assert communicator.rpc_send("echo", large).result(TIMEOUT) == large
         assert communicator.task_send(large).result(TIMEOUT) == large
         broker.stack.close()
-
-
-HOARD = """
-import resource
-soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
-hoard = []
-def use_up():
-    try:
-        while True:
-            hoard.append(os.dup(0))
-    except OSError:
-        pass
-def free():
-    while hoard:
-        os.close(hoard.pop())
-"""
 
 
 def test_no_descriptors_in_the_sender(served: Broker) -> None:
@@ -622,33 +580,6 @@ def test_names_in_messages_never_lead_out_of_the_directory(served: Broker, tmp_p
     (served.config_path / "pipes" / "worker_evil.json").unlink()
     assert sorted(path for path in served.pipes.rglob("*") if not path.name.startswith(".")) == everything
     assert not list(tmp_path.rglob("*escaped*")) and not Path("/tmp/escaped").exists()
-
-
-def test_a_million_frames_between_garbage() -> None:
-    chance = random.Random(7)
-    proper = fifo.frame('{"number":1}') or b""
-    kinds = [
-        lambda: chance.randbytes(chance.randrange(1, 40)),
-        lambda: b"\0" * chance.randrange(1, 9),
-        lambda: proper[: chance.randrange(1, len(proper))],
-        lambda: b"\0\0" + chance.randbytes(2) + b"{" + bytes(chance.choices(range(1, 256), k=5)),
-        lambda: b'{"a":1}',
-        lambda: b"",
-    ]
-    pool = [chance.choice(kinds)() for _ in range(50_000)]
-    frames, found, wrong, rest = fifo.Frames(), 0, 0, io.BytesIO()
-    for _ in range(100):
-        pieces = [piece + proper for piece in chance.choices(pool, k=10_000)]
-        rest = io.BytesIO(b"".join(pieces))
-        while data := rest.read(chance.randrange(1, 1 << 16)):
-            for frame in frames.feed(data):
-                found += frame == proper
-                if frame != proper:
-                    with contextlib.suppress(fifo.Garbage):
-                        fifo.unpack(frame, Path("/nowhere/rpc_x"))
-                    wrong += 1
-    assert found == 1_000_000
-    assert wrong > 0 and frames.skipped > 1_000_000
 
 
 def test_deep_huge_and_duplicate_json(served: Broker) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -20,10 +19,11 @@ from typing import Any
 
 import pytest
 
+from harness import HERE, eventually
+
 if importlib.util.find_spec("aiida") is None:
     pytest.skip("aiida-core is not installed", allow_module_level=True)
 
-HERE = Path(__file__).resolve().parent
 AIIDA = Path(importlib.util.find_spec("aiida").origin).parent
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 PRELUDE = """
@@ -129,14 +129,6 @@ answer([[node.pk, node.process_state.value, node.exit_status] for node in nodes]
 
     def tasks(self) -> list[Path]:
         return sorted((self.config_path / "coordinator").glob("task_*.json"))
-
-
-def until(condition: Any, seconds: float) -> Any:
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "it did not come true in time"
-        time.sleep(0.05)
-    return value
 
 
 @pytest.fixture(scope="module", params=["vendored", "plugin"])
@@ -251,7 +243,7 @@ def test_process_of_a_dead_worker_is_unreachable_at_once(aiida: Aiida) -> None:
     try:
         (pk,) = aiida.submit(1, prepend="sleep 60")
         route = Path(f"/tmp/aiida_{aiida.profile}_pipes/route_{pk}")
-        until(lambda: os.path.lexists(route) and list(aiida.config_path.glob("coordinator/claimed/*/task_*")), 20)
+        eventually(lambda: os.path.lexists(route) and list(aiida.config_path.glob("coordinator/claimed/*/task_*")), 20)
     finally:
         worker.kill()
         worker.wait()
@@ -277,7 +269,7 @@ while sum(node.is_finished for node in orm.QueryBuilder().append(orm.CalcFunctio
     time.sleep(0.1)
 """)
     victim = aiida.workers()[0]
-    in_hand = until(lambda: list(aiida.config_path.glob(f"coordinator/claimed/{victim}-*/task_*")), 10)
+    in_hand = eventually(lambda: list(aiida.config_path.glob(f"coordinator/claimed/{victim}-*/task_*")), 10)
     os.kill(victim, signal.SIGKILL)
     aiida.wait(pks, 120)
     jobs = ran.read_text().split()
@@ -332,7 +324,7 @@ def test_repair(aiida: Aiida, coordinator: str) -> None:
     assert "There are duplicates" in aiida.verdi("process", "repair")
     aiida.verdi("daemon", "start", "2")
     aiida.wait(pks, 60)
-    until(lambda: not aiida.tasks() and not list(aiida.config_path.glob("coordinator/claimed/*/task_*")), 20)
+    eventually(lambda: not aiida.tasks() and not list(aiida.config_path.glob("coordinator/claimed/*/task_*")), 20)
     aiida.verdi("daemon", "stop")
     assert aiida.repaired()
     # A task of a process that has ended: repair removes it.
@@ -347,7 +339,7 @@ def test_repair_sees_tasks_of_a_dead_worker(aiida: Aiida) -> None:
     worker = subprocess.Popen(["verdi", "daemon", "worker"], env=aiida.env, stdout=log, stderr=log)
     try:
         aiida.submit(1, prepend="sleep 5")
-        until(lambda: list(aiida.config_path.glob("coordinator/claimed/*/task_*")), 20)
+        eventually(lambda: list(aiida.config_path.glob("coordinator/claimed/*/task_*")), 20)
         os.kill(aiida.coordinator_pid(), signal.SIGKILL)
     finally:
         worker.kill()
@@ -398,7 +390,7 @@ def rabbitmq(tmp_path: Path) -> Iterator[int]:
     mapper = subprocess.Popen(["epmd"], env=env)
     server = subprocess.Popen([RABBITMQ], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        until(lambda: f"127.0.0.1:{port}" in _connectable(port), 60)
+        eventually(lambda: f"127.0.0.1:{port}" in _connectable(port), 60)
         yield port
     finally:
         server.terminate()
@@ -433,74 +425,3 @@ def test_to_rabbitmq_and_back(aiida: Aiida, rabbitmq: int) -> None:
     aiida.verdi("process", "repair")
     aiida.verdi("daemon", "start", "2")
     aiida.wait(pks, 120)
-
-
-def checksums(directory: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in directory.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
-    }
-
-
-def vendor(*arguments: object) -> int:
-    return subprocess.run([sys.executable, HERE / "vendor.py", *map(str, arguments)], capture_output=True).returncode
-
-
-@pytest.fixture(params=["source", "installed"])
-def tree(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
-    """A copy of AiiDA: the directory that holds all of it, and the path for vendor.py."""
-    package = tmp_path / "src" / "aiida" if request.param == "source" else tmp_path / "aiida"
-    shutil.copytree(AIIDA, package, ignore=shutil.ignore_patterns("__pycache__"))
-    if request.param == "source":
-        broker = "'core.rabbitmq' = 'aiida.brokers.rabbitmq.broker:RabbitmqBroker'"
-        (tmp_path / "pyproject.toml").write_text(
-            f"[project]\nname = 'aiida-core'\n\n[project.entry-points.'aiida.brokers']\n{broker}\n"
-        )
-        return tmp_path, tmp_path
-    metadata = next(AIIDA.parent.glob("aiida_core-*.dist-info"))
-    shutil.copytree(metadata, tmp_path / metadata.name)
-    return tmp_path, package
-
-
-def test_vendor_round_trip(tree: tuple[Path, Path]) -> None:
-    root, path = tree
-    before = checksums(root)
-    assert vendor(path, "--check") == 1
-    assert checksums(root) == before
-    assert vendor(path) == 0
-    copied = checksums(root)
-    assert len(copied) == len(before) + 7
-    assert vendor(path) == 0
-    assert checksums(root) == copied
-    assert vendor(path, "--check") == 0
-    assert vendor(path, "--remove") == 0
-    assert checksums(root) == before
-    assert not list(root.rglob("*namedpipe*"))
-    assert vendor(path, "--remove") == 0
-    assert checksums(root) == before
-
-
-@pytest.mark.parametrize("what", ["foreign file", "foreign command", "no anchor", "symlink", "other entry point"])
-def test_vendor_stops_before_the_first_change(tree: tuple[Path, Path], what: str) -> None:
-    root, path = tree
-    package = next(root.rglob("brokers")).parent
-    commands = package / "cmdline" / "commands"
-    entry_points = next(iter([*root.glob("*.dist-info/entry_points.txt"), root / "pyproject.toml"]))
-    if what == "foreign file":
-        (package / "brokers" / "namedpipe").mkdir()
-        (package / "brokers" / "namedpipe" / "notes.txt").write_text("mine")
-    elif what == "foreign command":
-        (commands / "cmd_coordinator.py").write_text("mine")
-    elif what == "no anchor":
-        (commands / "__init__.py").write_text("")
-    elif what == "symlink":
-        (package / "brokers" / "namedpipe").symlink_to(commands)
-    else:
-        text = entry_points.read_text()
-        other = "'core.namedpipe' = 'x:Y'" if entry_points.suffix == ".toml" else "core.namedpipe=x:Y"
-        line = next(line for line in text.splitlines() if "aiida.brokers" in line and line.startswith("["))
-        entry_points.write_text(text.replace(line, f"{line}\n{other}"))
-    before = checksums(root)
-    assert vendor(path) == 2
-    assert checksums(root) == before

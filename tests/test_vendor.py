@@ -1,0 +1,90 @@
+"""vendor.py: in and out of AiiDA, byte for byte."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import HERE
+
+if importlib.util.find_spec("aiida") is None:
+    pytest.skip("aiida-core is not installed", allow_module_level=True)
+
+AIIDA = Path(importlib.util.find_spec("aiida").origin).parent
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in directory.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def vendor(*arguments: object) -> int:
+    return subprocess.run([sys.executable, HERE / "vendor.py", *map(str, arguments)], capture_output=True).returncode
+
+
+@pytest.fixture(params=["source", "installed"])
+def tree(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of AiiDA: the directory that holds all of it, and the path for vendor.py."""
+    package = tmp_path / "src" / "aiida" if request.param == "source" else tmp_path / "aiida"
+    shutil.copytree(AIIDA, package, ignore=shutil.ignore_patterns("__pycache__"))
+    if request.param == "source":
+        broker = "'core.rabbitmq' = 'aiida.brokers.rabbitmq.broker:RabbitmqBroker'"
+        (tmp_path / "pyproject.toml").write_text(
+            f"[project]\nname = 'aiida-core'\n\n[project.entry-points.'aiida.brokers']\n{broker}\n"
+        )
+        return tmp_path, tmp_path
+    metadata = next(AIIDA.parent.glob("aiida_core-*.dist-info"))
+    shutil.copytree(metadata, tmp_path / metadata.name)
+    return tmp_path, package
+
+
+def test_vendor_round_trip(tree: tuple[Path, Path]) -> None:
+    root, path = tree
+    before = checksums(root)
+    assert vendor(path, "--check") == 1
+    assert checksums(root) == before
+    assert vendor(path) == 0
+    copied = checksums(root)
+    assert len(copied) == len(before) + 7
+    assert vendor(path) == 0
+    assert checksums(root) == copied
+    assert vendor(path, "--check") == 0
+    assert vendor(path, "--remove") == 0
+    assert checksums(root) == before
+    assert not list(root.rglob("*namedpipe*"))
+    assert vendor(path, "--remove") == 0
+    assert checksums(root) == before
+
+
+@pytest.mark.parametrize("what", ["foreign file", "foreign command", "no anchor", "symlink", "other entry point"])
+def test_vendor_stops_before_the_first_change(tree: tuple[Path, Path], what: str) -> None:
+    root, path = tree
+    package = next(root.rglob("brokers")).parent
+    commands = package / "cmdline" / "commands"
+    entry_points = next(iter([*root.glob("*.dist-info/entry_points.txt"), root / "pyproject.toml"]))
+    if what == "foreign file":
+        (package / "brokers" / "namedpipe").mkdir()
+        (package / "brokers" / "namedpipe" / "notes.txt").write_text("mine")
+    elif what == "foreign command":
+        (commands / "cmd_coordinator.py").write_text("mine")
+    elif what == "no anchor":
+        (commands / "__init__.py").write_text("")
+    elif what == "symlink":
+        (package / "brokers" / "namedpipe").symlink_to(commands)
+    else:
+        text = entry_points.read_text()
+        other = "'core.namedpipe' = 'x:Y'" if entry_points.suffix == ".toml" else "core.namedpipe=x:Y"
+        line = next(line for line in text.splitlines() if "aiida.brokers" in line and line.startswith("["))
+        entry_points.write_text(text.replace(line, f"{line}\n{other}"))
+    before = checksums(root)
+    assert vendor(path) == 2
+    assert checksums(root) == before
