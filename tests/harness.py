@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import signal
@@ -238,3 +239,13 @@ class Broker:
 
 def recorded(path: Path) -> list[str]:
     return path.read_text().split() if path.exists() else []
+
+
+def write_frame(fifo: Path, message: object) -> None:
+    """Write one message into a FIFO, as a stranger would who has read no more than what a frame is."""
+    text = json.dumps(message).encode()
+    descriptor = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        os.write(descriptor, len(text).to_bytes(4, "big") + text)
+    finally:
+        os.close(descriptor)
