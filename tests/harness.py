@@ -223,6 +223,18 @@ class Broker:
         self.stack.callback(coordinator.stop, self.config_path)
         return pid
 
+    def status(self) -> dict[str, Any]:
+        """Return what the command line says of how things are."""
+        command = [*COORDINATOR, "--profile", self.profile, "--config-path", self.config_path, "status", "--json"]
+        said = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT)
+        answer: dict[str, Any] = json.loads(said.stdout)
+        return answer
+
+    def tasks(self, state: str | None = None) -> list[dict[str, Any]]:
+        """Return what the command line says of the tasks."""
+        rows: list[dict[str, Any]] = json.loads(self.run("tasks", "--json", *(["--state", state] if state else [])))
+        return rows
+
     def log(self) -> str:
         """Return the coordinator's log."""
         return (self.queue / "coordinator.log").read_text()
