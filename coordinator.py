@@ -6,9 +6,7 @@ may be killed at any instant. It rings a worker to say that a task waits; the wo
 says what became of it. Two workers rung for one task is normal, since the rename decides.
 
 Rules:
-- A worker is rung for at most `_WINDOW` tasks that it has not claimed yet, and for no more than its prefetch.
-- A task that was rung at a worker which does not claim it is rung again at one that has nothing to start; the first
-  is rung for nothing more until it reports.
+- Who is rung for which task is for `scheduler.py` to say.
 - Broadcasts are forwarded undecoded. The registrations that came before one are read before it is fanned out.
 - Every ten seconds, in slices, it looks for what no event told it of: drift between memory and disk, what the
   dead left.
@@ -41,16 +39,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING or not __package__:
     import discovery
     import fifo
+    import scheduler
     import taskqueue
 else:
-    from . import discovery, fifo, taskqueue
+    from . import discovery, fifo, scheduler, taskqueue
 
 HOUSEKEEPING_SECONDS = 10.0
 _BROADCASTS_KEPT_SECONDS = 60.0
 _SLICE_SECONDS = 0.005
-_WINDOW = 64
-_GRACE_SECONDS = 0.05
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
+_REPORTS = ("claimed", "lost", "done", "rejected", "returned")
 _OUTBOX_FRAMES = 10_000
 
 _LOGGER = logging.getLogger("coordinator")
@@ -68,223 +65,69 @@ class _Peer:
     reply: fifo.Writer
     task: fifo.Writer | None = None
     broadcast: fifo.Writer | None = None
-    members: dict[str, _Member] = field(default_factory=dict)
+    members: dict[str, scheduler.Member] = field(default_factory=dict)
     logged_drops: int = 0
 
 
-@dataclass(eq=False)
-class _Member:
-    """A worker in one queue."""
-
-    peer: _Peer
-    prefetch: int
-    rung: dict[str, None] = field(default_factory=dict)
-    claimed: set[str] = field(default_factory=set)
-    silent: bool = False
-    """Whether others were rung for what it did not claim, and it has reported nothing since."""
-
-    def has_capacity(self) -> bool:
-        """Say whether it may be rung for one more task."""
-        return (
-            not self.silent
-            and len(self.rung) < _WINDOW
-            and (not self.prefetch or len(self.rung) + len(self.claimed) < self.prefetch)
-            and self.peer.task is not None
-            and not self.peer.task.is_full
-        )
-
-
-@dataclass
-class _Rejection:
-    """Who rejected a task, and when it is offered to them again."""
-
-    by: set[str] = field(default_factory=set)
-    pause: float = _FIRST_PAUSE_SECONDS
-    retry_at: float | None = None
-
-
 class _Queue:
-    """What the coordinator knows of one task queue: the names of its tasks, and its members."""
+    """One queue on the disk and, as long as it has subscribers, the scheduler that shares its tasks out."""
 
     def __init__(self, key: str, queue: taskqueue.TaskQueue) -> None:
         self.key = key
         self.queue = queue
-        self.members: set[_Member] = set()
-        self.known: set[str] = set()
-        """All names in `_waiting`, `_rung` and `_rejected`, but those that a worker has claimed."""
-        self._waiting: list[str] = []
-        self._rung: dict[str, tuple[float, list[_Member]]] = {}
-        self._rejected: dict[str, _Rejection] = {}
-        self._idle: dict[_Member, None] = {}
-        self._ready: dict[_Member, None] = {}
-        self._outgoing: dict[_Member, list[str]] = {}
+        self._scheduler: scheduler.Scheduler | None = None
+
+    def join(self, member: scheduler.Member) -> None:
+        """A worker subscribes, or does so once more."""
+        if self._scheduler is None:
+            # Nothing is kept of a queue that is only pulled.
+            self._scheduler = scheduler.Scheduler()
+            for name in self.queue.names():
+                self._scheduler.add(name)
+        self._scheduler.join(member)
+
+    def leave(self, member: scheduler.Member) -> None:
+        """A worker unsubscribes, or is gone."""
+        if self._scheduler is not None:
+            self._scheduler.leave(member)
+            if not self._scheduler.members:
+                self._scheduler = None
 
     def add(self, name: str) -> None:
         """A task waits."""
-        if name not in self.known:
-            self.known.add(name)
-            heapq.heappush(self._waiting, name)
+        if self._scheduler is not None:
+            self._scheduler.add(name)
 
-    def join(self, member: _Member) -> None:
-        """A worker subscribes, or subscribes once more."""
-        self.members.add(member)
-        for rejection in self._rejected.values():
-            rejection.by.discard(member.peer.worker.claim)
-        self._place(member)
-
-    def leave(self, member: _Member) -> None:
-        """A worker is gone: what it was rung for and did not claim waits again."""
-        self.members.discard(member)
-        self._idle.pop(member, None)
-        self._ready.pop(member, None)
-        for name in list(member.rung):
-            self._unring(member, name)
-
-    def report(self, member: _Member, kind: str, name: str) -> None:
-        """A worker says what became of a task it was rung for."""
-        member.silent = False
-        if kind == "claimed":
-            member.claimed.add(name)
-            for other in self._rung.pop(name, (0.0, []))[1]:
-                other.rung.pop(name, None)
-                self._place(other)
-            self.known.discard(name)
+    def report(self, member: scheduler.Member | None, kind: str, name: str) -> None:
+        """A worker, a subscriber or not, says what became of a task."""
+        if self._scheduler is None:
+            return
+        if member is None:
+            (self._scheduler.add if kind in ("rejected", "returned") else self._scheduler.withdraw)(name)
+        elif kind == "claimed":
+            self._scheduler.claimed(member, name)
         elif kind == "done":
-            member.claimed.discard(name)
-            self._unring(member, name)
-            self._rejected.pop(name, None)
-        elif kind == "lost":
-            self._unring(member, name)
-            self._find(name)
+            self._scheduler.done(member, name)
         elif kind == "rejected":
-            member.claimed.discard(name)
-            member.rung.pop(name, None)
-            self._rung.pop(name, None)
-            self.known.add(name)
-            self._rejected.setdefault(name, _Rejection()).by.add(member.peer.worker.claim)
-        self._place(member)
+            self._scheduler.refuse(member, name)
+        elif kind == "returned":
+            self._scheduler.give_back(member, name)
+        elif kind == "lost" and self._scheduler.lose(member, name) and self.queue.is_waiting(name):
+            self._scheduler.add(name)
 
-    def _find(self, name: str) -> None:
-        """Find on the disk who has claimed a task and has not said so: a stopped worker cannot."""
-        others = list(self._rung.get(name, (0.0, []))[1])
-        if others and not self.queue.is_waiting(name):
-            for other in others:
-                if os.path.exists(self.queue.file(name, f"claimed/{other.peer.worker.claim}")):
-                    other.claimed.add(name)
-                self._unring(other, name)
-                self._place(other)
+    def dispatch(self) -> tuple[dict[scheduler.Member, list[str]], float | None]:
+        """Return whom to ring for what, and when to look again though nothing happens."""
+        return self._scheduler.dispatch(time.monotonic()) if self._scheduler is not None else ({}, None)
 
-    def _unring(self, member: _Member, name: str) -> None:
-        member.rung.pop(name, None)
-        _, others = self._rung.get(name, (0.0, []))
-        if member in others:
-            others.remove(member)
-            if not others:
-                del self._rung[name]
-                self.known.discard(name)
-                # Whoever has claimed it may have given it back already.
-                if self.queue.is_waiting(name):
-                    self.add(name)
+    def settle_drift(self, claim: Callable[[scheduler.Member], str]) -> Iterator[None]:
+        """Compare what is believed with the disk, in steps.
 
-    def _place(self, member: _Member) -> None:
-        self._idle.pop(member, None)
-        self._ready.pop(member, None)
-        if member in self.members and member.has_capacity():
-            (self._ready if member.rung or member.claimed else self._idle)[member] = None
-
-    def _ring(self, member: _Member, name: str) -> None:
-        self._rung.setdefault(name, (time.monotonic(), []))[1].append(member)
-        member.rung[name] = None
-        self._outgoing.setdefault(member, []).append(name)
-        self._place(member)
-
-    def dispatch(self) -> float | None:
-        """Share out what waits.
-
-        :return: when to look again, if nothing happens before (`time.monotonic`).
+        :param claim: the name of a member's claim directory.
         """
-        while self._waiting and (self._idle or self._ready):
-            self._ring(next(iter(self._idle or self._ready)), heapq.heappop(self._waiting))
-        due = [self._offer_rejected(name, rejection) for name, rejection in list(self._rejected.items())]
-        due.append(self._ring_again())
-        for member, names in self._outgoing.items():
-            self._send(member, names)
-        self._outgoing.clear()
-        return min((at for at in due if at is not None), default=None)
-
-    def _send(self, member: _Member, names: list[str]) -> None:
-        data = fifo.frame(fifo.encode({"type": "ring", "queue": self.key, "names": names}))
-        if data is None:
-            self._send(member, names[: len(names) // 2])
-            self._send(member, names[len(names) // 2 :])
-        elif member.peer.task is not None:
-            # If it has just died, its death gives them back.
-            with contextlib.suppress(BrokenPipeError, BufferError):
-                member.peer.task.send(data)
-
-    def _offer_rejected(self, name: str, rejection: _Rejection) -> float | None:
-        if name not in self.known or name in self._rung:
-            return None
-        now = time.monotonic()
-        if rejection.retry_at is not None and rejection.retry_at <= now:
-            rejection.by.clear()
-            rejection.retry_at = None
-        others = [member for member in self.members if member.peer.worker.claim not in rejection.by]
-        if not others:
-            if rejection.retry_at is None:
-                rejection.retry_at = now + rejection.pause
-                rejection.pause = min(2 * rejection.pause, _LONGEST_PAUSE_SECONDS)
-            return rejection.retry_at if self.members else None
-        rejection.retry_at = None
-        for member in others:
-            if member.has_capacity():
-                self._ring(member, name)
-                break
-        return None
-
-    def _ring_again(self) -> float | None:
-        """Ring at a worker that has nothing to start what another has not claimed for a while."""
-        if self._waiting or not self._rung:
-            return None
-        if not self._idle and not self._ready:
-            return None
-        oldest = next(iter(self._rung.values()))[0]
-        if time.monotonic() - oldest < _GRACE_SECONDS:
-            return oldest + _GRACE_SECONDS
-        free = [member for member in (*self._idle, *self._ready) if not member.rung]
-        for name, (since, others) in list(self._rung.items())[: 4 * _WINDOW]:
-            if not free:
-                return None
-            if time.monotonic() - since < _GRACE_SECONDS:
-                return since + _GRACE_SECONDS
-            rejection = self._rejected.get(name, _Rejection())
-            for member in free:
-                if member not in others and member.peer.worker.claim not in rejection.by:
-                    for other in others:
-                        other.silent = True
-                        self._place(other)
-                    self._ring(member, name)
-                    free.remove(member)
-                    break
-        return None
-
-    def settle_drift(self) -> Iterator[None]:
-        """Compare what is known with the disk, in slices."""
-        for name in self.queue.names():
-            self.add(name)
-            yield
-        for member in list(self.members):
-            on_disk = set(self.queue.names(f"claimed/{member.peer.worker.claim}"))
-            for name in list(member.claimed):
-                if not os.path.exists(self.queue.file(name, f"claimed/{member.peer.worker.claim}")):
-                    member.claimed.discard(name)
-            member.claimed |= on_disk - member.rung.keys()
-            member.silent = False
-            self._place(member)
-            yield
-        for name in list(self._rejected):
-            if name not in self.known and not any(name in member.claimed for member in self.members):
-                del self._rejected[name]
+        if self._scheduler is not None:
+            members = list(self._scheduler.members)
+            held = ((member, self.queue.names(f"claimed/{claim(member)}")) for member in members)
+            yield from self._scheduler.drift(time.monotonic(), self.queue.names(), held)
 
 
 class PipeCoordinator:
@@ -331,8 +174,6 @@ class PipeCoordinator:
             queue = self._queue(key, directory)
             if queue is not None:
                 self._recover(queue)
-                for name in queue.queue.names():
-                    queue.add(name)
         self._write_entry()
         for name in os.listdir(self.layout.pipes):
             if discovery.is_reply_pipe(name):
@@ -358,7 +199,7 @@ class PipeCoordinator:
         next_chores = time.monotonic() + HOUSEKEEPING_SECONDS
         while not self._stopping:
             due = [next_chores, *(timer[0] for timer in self._timers[:1])]
-            due += [at for queue in list(self._queues.values()) if (at := queue.dispatch()) is not None]
+            due += [at for queue in list(self._queues.values()) if (at := self._dispatch(queue)) is not None]
             self._poller.poll(max(0.0, min(due) - time.monotonic()))
             self._run_timers(time.monotonic())
             if next_chores <= time.monotonic():
@@ -370,6 +211,24 @@ class PipeCoordinator:
                     if isinstance(error, OSError):
                         _LOGGER.error("Housekeeping was interrupted: %s", error)
                     chores, next_chores = self._housekeeping(), time.monotonic() + HOUSEKEEPING_SECONDS
+
+    def _dispatch(self, queue: _Queue) -> float | None:
+        rings, again = queue.dispatch()
+        for member, names in rings.items():
+            peer = self._peers.get(member.name)
+            if peer is not None and peer.task is not None:
+                self._ring(peer.task, queue.key, names)
+        return again
+
+    def _ring(self, writer: fifo.Writer, key: str, names: list[str]) -> None:
+        data = fifo.frame(fifo.encode({"type": "ring", "queue": key, "names": names}))
+        if data is None:
+            self._ring(writer, key, names[: len(names) // 2])
+            self._ring(writer, key, names[len(names) // 2 :])
+        else:
+            # If it has just died, its death gives them back.
+            with contextlib.suppress(BrokenPipeError, BufferError):
+                writer.send(data)
 
     def _run_timers(self, until: float) -> None:
         due = [timer for timer in self._timers if timer[0] <= until]
@@ -431,10 +290,9 @@ class PipeCoordinator:
         elif kind == "report" and queue is not None:
             peer = self._peers.get(message["worker"])
             member = peer.members.get(queue.key) if peer else None
-            if member is not None:
-                for what in ("claimed", "lost", "done", "rejected"):
-                    for name in filter(discovery.is_quoted, message.get(what, ())):
-                        queue.report(member, what, name)
+            for what in _REPORTS:
+                for name in filter(discovery.is_quoted, message.get(what, ())):
+                    queue.report(member, what, name)
         else:
             raise fifo.Garbage(f"it is no message for the coordinator: {kind!r:.40}")
 
@@ -515,8 +373,8 @@ class PipeCoordinator:
             queue = self._queue(key)
             if queue is not None:
                 if key not in peer.members:
-                    claimed = set(queue.queue.names(f"claimed/{peer.worker.claim}"))
-                    peer.members[key] = _Member(peer, prefetch, claimed=claimed)
+                    held = set(queue.queue.names(f"claimed/{peer.worker.claim}"))
+                    peer.members[key] = scheduler.Member(worker_id, prefetch, held=held)
                 peer.members[key].prefetch = prefetch
                 queue.join(peer.members[key])
 
@@ -590,7 +448,7 @@ class PipeCoordinator:
             queue = self._queue(key, directory)
             if queue is not None:
                 self._recover(queue)
-                yield from queue.settle_drift()
+                yield from queue.settle_drift(self._claim)
                 for _ in queue.queue.sweep():
                     yield
         for removed in discovery.sweep(self.layout, _BROADCASTS_KEPT_SECONDS):
@@ -598,6 +456,10 @@ class PipeCoordinator:
                 _LOGGER.info("Removed %s, which a dead process left", removed)
             yield
         self._write_entry()
+
+    def _claim(self, member: scheduler.Member) -> str:
+        peer = self._peers.get(member.name)
+        return peer.worker.claim if peer is not None else ""
 
     def _look_after(self, peer: _Peer) -> None:
         worker = peer.worker

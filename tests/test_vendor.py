@@ -54,7 +54,7 @@ def test_vendor_round_trip(tree: tuple[Path, Path]) -> None:
     assert checksums(root) == before
     assert vendor(path) == 0
     copied = checksums(root)
-    assert len(copied) == len(before) + 7
+    assert len(copied) == len(before) + 8
     assert vendor(path) == 0
     assert checksums(root) == copied
     assert vendor(path, "--check") == 0
