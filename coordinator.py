@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""`PipeCoordinator`, which shares out tasks and fans out broadcasts, and the command line that runs and inspects it.
+"""`PipeCoordinator`, which shares out tasks and fans out broadcasts; and the script that runs it.
 
 Strategy: it keeps the names of tasks in memory and never a body; all it knows can be read again from the disk, so it
 may be killed at any instant. It rings a worker to say that a task waits; the worker claims the task by rename(2), and
@@ -11,12 +11,11 @@ Rules:
 - Every ten seconds, in slices, it looks for what no event told it of: drift between memory and disk, what the
   dead left.
 
-This module knows neither kiwipy nor AiiDA, nor what a body says.
+This module knows neither kiwipy nor AiiDA, nor what a body says; and what an operator asks is answered by `control`.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import fcntl
@@ -28,13 +27,12 @@ import logging.handlers
 import os
 import resource
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or not __package__:
     import discovery
@@ -51,10 +49,6 @@ _REPORTS = ("claimed", "lost", "done", "rejected", "returned")
 _OUTBOX_FRAMES = 10_000
 
 _LOGGER = logging.getLogger("coordinator")
-
-
-class CoordinatorError(RuntimeError):
-    """A coordinator could not be started or stopped; the message says why."""
 
 
 @dataclass
@@ -135,7 +129,7 @@ class PipeCoordinator:
 
     def __init__(self, profile_name: str, config_path: str | os.PathLike[str]) -> None:
         """
-        :raises CoordinatorError: another one runs for this configuration.
+        :raises discovery.CoordinatorError: another one runs for this configuration.
         :raises discovery.DirectoryRefused: a directory is not safe to use, or cannot be used.
         :raises ValueError: the profile name cannot be used.
         """
@@ -484,312 +478,68 @@ def _lock(layout: discovery.Layout) -> int:
     except BlockingIOError:
         pid = os.read(descriptor, 20).decode() or "?"
         os.close(descriptor)
-        raise CoordinatorError(f"a coordinator for {layout.config_path} is running already, with pid {pid}") from None
+        message = f"a coordinator for {layout.config_path} is running already, with pid {pid}"
+        raise discovery.CoordinatorError(message) from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, str(os.getpid()).encode())
     return descriptor
 
 
-def start(profile_name: str, config_path: str | os.PathLike[str]) -> int:
-    """Start a coordinator in the background, and wait until it serves.
+def serve(profile_name: str, config_path: Path, ready: int | None = None) -> None:
+    """Serve in the foreground until SIGTERM or SIGINT.
 
-    :return: its pid.
-    :raises CoordinatorError: it did not start; the message says why.
+    :param ready: a descriptor for whoever waits in another process; this one then goes to the background. It is told
+        ``ready {pid}``, or why it does not serve, and is closed.
+    :raises discovery.CoordinatorError: another one runs for this configuration.
     """
-    read_end, write_end = os.pipe()
-    # Run as a script even from inside a package: it needs nothing of the package, which may be large.
-    command = [sys.executable, os.path.abspath(__file__), "--profile", profile_name]
-    command += ["--config-path", os.path.abspath(config_path), "--ready-descriptor", str(write_end)]
-    with open(read_end) as answer:
-        process = subprocess.Popen(
-            command,
-            pass_fds=(write_end,),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            cwd="/",
-        )
-        os.close(write_end)
-        said = answer.read()
-    status = process.wait()
-    if not said.startswith("ready "):
-        raise CoordinatorError(said or f"the coordinator ended with status {status} before it served")
-    return int(said.split()[1])
+    waiting = [] if ready is None else [ready]
 
+    def say(text: str) -> None:
+        # Once, as its number may be another file's afterwards; and whoever waited may be gone.
+        while waiting:
+            descriptor = waiting.pop()
+            with contextlib.suppress(BrokenPipeError):
+                os.write(descriptor, text.encode())
+            os.close(descriptor)
 
-def stop(config_path: str | os.PathLike[str]) -> int | None:
-    """Stop the coordinator of a configuration, and wait until it is gone.
-
-    :return: its pid; `None` if none was running.
-    :raises CoordinatorError: it may not be stopped by this user.
-    """
-    path = Path(os.path.realpath(Path(config_path).expanduser())) / "coordinator" / "coordinator.lock"
-    if not path.exists():
-        return None
-    with open(path) as lock:
+    try:
+        if ready is not None and os.fork():
+            os._exit(0)  # It is nobody's child: it outlives whoever started it, and whoever kills all its children.
+        coordinator = PipeCoordinator(profile_name, config_path)
+        _log_to(coordinator.layout.queue / "coordinator.log", terminal=ready is None)
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: coordinator.stop())
         try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
-        except BlockingIOError:
-            pid = int(lock.read() or 0)
-        if not pid:
-            raise CoordinatorError("the coordinator is just starting: try again")
-        try:
-            os.kill(pid, signal.SIGTERM)
-        except ProcessLookupError:
-            pass
-        except PermissionError:
-            raise CoordinatorError(f"the coordinator (pid {pid}) belongs to another user") from None
-        fcntl.flock(lock, fcntl.LOCK_SH)  # The kernel grants it when the coordinator is gone.
-        return pid
+            coordinator.run(lambda: say(f"ready {os.getpid()}"))
+        except Exception:
+            _LOGGER.exception("The coordinator ends, because of an error")
+            raise
+    except (RuntimeError, OSError, ValueError) as error:
+        say(str(error))
+        raise
 
 
-def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read from the disk how things are; the answer is what ``status --json`` prints."""
-    layout = discovery.locate(config_path)
-    said = discovery.coordinator(layout) if layout else None
-    answer: dict[str, Any] = {"running": said is not None, "pid": None, "since": None, "pipes": None}
-    if layout is not None:
-        answer["pipes"] = str(layout.pipes)
-    answer.update({key: said.get(key) for key in ("pid", "since")} if said else {})
-    in_hand: dict[str, int] = {}
-    counts = {"waiting": 0, "claimed": 0, "completed": 0, "failed": 0}
-    for queue in _existing_queues(layout).values():
-        counts["waiting"] += sum(1 for _ in queue.names())
-        counts["failed"] += sum(1 for _ in queue.names("failed"))
-        for name in queue.names("completed"):
-            with contextlib.suppress(FileNotFoundError):
-                age = time.time() - queue.path(name, "completed").stat().st_mtime
-                counts["completed"] += age < taskqueue.COMPLETED_KEPT_SECONDS
-        for claim, _ in queue.claimed():
-            counts["claimed"] += 1
-            in_hand[claim] = in_hand.get(claim, 0) + 1
-    answer["tasks"] = counts
-    routes: dict[str | None, int] = {}
-    for route in layout.pipes.glob("route_*") if layout else ():
-        target = discovery.route_target(route)
-        routes[target] = routes.get(target, 0) + 1
-    dropped = (said or {}).get("dropped") or {}
-    answer["workers"] = [
-        {
-            "worker_id": worker.worker_id,
-            "pid": worker.pid,
-            "since": worker.since,
-            "queues": {_queue_name(key): prefetch for key, prefetch in worker.queues.items()},
-            "rpc": routes.get(f"rpc_{worker.worker_id}", 0),
-            "broadcast": worker.broadcast,
-            "in_hand": in_hand.get(worker.claim, 0),
-            "broadcasts_dropped": dropped.get(worker.worker_id, 0),
-        }
-        for worker in (discovery.workers(layout) if layout else [])
-        if layout and worker.is_alive(layout)
+def _log_to(file: Path, *, terminal: bool) -> None:
+    handlers: list[logging.Handler] = [
+        logging.handlers.RotatingFileHandler(file, maxBytes=1_000_000, backupCount=3, delay=True)
     ]
-    return answer
-
-
-def tasks(config_path: str | os.PathLike[str], state: str | None = None) -> list[dict[str, Any]]:
-    """List the tasks, oldest first; the answer is what ``tasks --json`` prints.
-
-    A task that moves on meanwhile is listed once, in the state where it was met last.
-
-    :param state: 'waiting', 'claimed', 'completed' or 'failed' (default: all).
-    """
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for key, queue in _existing_queues(discovery.locate(config_path)).items():
-        for place in ("waiting", "claimed", "completed", "failed"):
-            if state not in (None, place):
-                continue
-            pairs = (
-                queue.claimed()
-                if place == "claimed"
-                else ((None, name) for name in queue.names(place.replace("waiting", "")))
-            )
-            for claim, name in pairs:
-                task_id, _, deaths = name.partition(".")
-                row: dict[str, Any] = {
-                    "id": task_id,
-                    "state": place,
-                    "queue": _queue_name(key),
-                    "deaths": int(deaths or 0),
-                }
-                row["worker"] = claim.rpartition(".")[0] if claim else None
-                row["reason"] = queue.reason(name) if place == "failed" else None
-                rows[key, task_id] = row
-    return sorted(rows.values(), key=lambda row: str(row["id"]))
-
-
-def requeue(config_path: str | os.PathLike[str], task_id: str) -> bool:
-    """Move a failed or completed task back to waiting; say whether there was one."""
-    layout = discovery.locate(config_path)
-    for key, queue in _existing_queues(layout).items():
-        name = queue.requeue(task_id)
-        if name is not None and layout is not None:
-            fifo.knock(layout.pipes / discovery.TASKS_INTAKE, {"type": "task", "queue": key, "name": name})
-            return True
-    return False
-
-
-def _existing_queues(layout: discovery.Layout | None) -> dict[str, taskqueue.TaskQueue]:
-    directories = taskqueue.queue_directories(layout.queue) if layout and layout.queue.is_dir() else {}
-    return {key: taskqueue.TaskQueue(directory, make=False) for key, directory in directories.items()}
-
-
-def _queue_name(key: str) -> str:
-    return key or "default"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="coordinator.py",
-        description="Shares out tasks and fans out broadcasts between the processes of one profile. "
-        "Without a command it runs in the foreground.",
-    )
-    parser.add_argument("--profile", required=True, metavar="NAME", help="the profile's name")
-    parser.add_argument(
-        "--config-path", metavar="DIR", help="the profile's directory (default: ~/.aiida/profiles/NAME)"
-    )
-    parser.add_argument("--ready-descriptor", type=int, help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    command = commands.add_parser("start", help="start it in the background, and return when it serves")
-    command.add_argument(
-        "--foreground", action="store_true", help="stay in the foreground, and log to the terminal too"
-    )
-    commands.add_parser("stop", help="stop it, and return when it is gone")
-    commands.add_parser("restart", help="stop it if it runs, and start it")
-    command = commands.add_parser("status", help="say how things are; exit status 0 if it runs, 3 if not")
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command = commands.add_parser("tasks", help="list the tasks on disk, oldest first")
-    command.add_argument("--state", choices=("waiting", "claimed", "completed", "failed"), help="only these")
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command = commands.add_parser("configure", help="point the AiiDA profile of this name at this broker")
-    command.add_argument(
-        "--no-autostart", dest="autostart", action="store_false", help="start no coordinator when one is needed"
-    )
-    command = commands.add_parser("requeue", help="move failed or completed tasks back to waiting")
-    command.add_argument("task_ids", nargs="+", metavar="TASK_ID", help="as the command 'tasks' prints it")
-    return parser
+    if terminal:
+        handlers.append(logging.StreamHandler())
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
-    options = _parser().parse_args(arguments)
-    config_path = Path(options.config_path or f"~/.aiida/profiles/{options.profile}").expanduser().absolute()
-    ready = options.ready_descriptor
-    try:
-        if options.command is None or (options.command == "start" and options.foreground):
-            _run(options.profile, config_path, ready)
-        elif options.command == "start":
-            print(f"Started the coordinator, pid {start(options.profile, config_path)}.")
-        elif options.command == "stop":
-            pid = stop(config_path)
-            print("The coordinator is not running." if pid is None else f"Stopped the coordinator, pid {pid}.")
-        elif options.command == "restart":
-            stop(config_path)
-            print(f"Restarted the coordinator, pid {start(options.profile, config_path)}.")
-        elif options.command == "status":
-            return _print_status(status(config_path), options.json)
-        elif options.command == "configure":
-            _configure(options.profile, options.autostart)
-        elif options.command == "tasks":
-            _print_tasks(tasks(config_path, options.state), options.json)
-        else:
-            unknown = [task_id for task_id in options.task_ids if not requeue(config_path, task_id)]
-            if unknown:
-                raise CoordinatorError(f"no failed or completed task is called {', '.join(unknown)}")
-    except (RuntimeError, OSError, ValueError) as error:
-        if ready is not None:
-            os.write(ready, str(error).encode())
-        print(f"coordinator.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def _run(profile_name: str, config_path: Path, ready: int | None) -> None:
-    if ready is not None and os.fork():
-        os._exit(0)  # So that it is nobody's child: it outlives whoever started it, and whoever kills all its children.
-    coordinator = PipeCoordinator(profile_name, config_path)
-    log = coordinator.layout.queue / "coordinator.log"
-    handlers: list[logging.Handler] = [
-        logging.handlers.RotatingFileHandler(log, maxBytes=1_000_000, backupCount=3, delay=True)
-    ]
-    if ready is None:
-        handlers.append(logging.StreamHandler())
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: coordinator.stop())
-
-    def on_ready() -> None:
-        if ready is not None:
-            os.write(ready, f"ready {os.getpid()}".encode())
-            os.close(ready)
-
-    try:
-        coordinator.run(on_ready)
-    except Exception:
-        _LOGGER.exception("The coordinator ends, because of an error")
-        raise
-
-
-def _configure(profile_name: str, autostart: bool) -> None:
-    # The one command that needs AiiDA; nothing else here may, as that takes long to import.
-    try:
-        if TYPE_CHECKING or not __package__:
-            import pipebroker
-        else:
-            from . import pipebroker
-        pipebroker.configure(profile_name, autostart=autostart)
-    except ImportError as error:
-        raise CoordinatorError(f"AiiDA is not installed here: {error}") from error
-    print(f"Profile {profile_name} uses the named pipe broker now. Restart its daemon if it runs.")
-
-
-def _print_status(answer: dict[str, Any], as_json: bool) -> int:
-    if as_json:
-        print(json.dumps(answer, indent=1))
+    # Not at the top: it is no part of what serves. It is told how to serve, since what runs as a script is called
+    # `__main__`, and importing it by its name would load it a second time.
+    if TYPE_CHECKING or not __package__:
+        import control
     else:
-        state = (
-            f"running, pid {answer['pid']}, since {_local_time(answer['since'])}"
-            if answer["running"]
-            else "not running"
-        )
-        counts = answer["tasks"]
-        print(f"Coordinator: {state}")
-        print(f"Pipes:       {answer['pipes'] or 'none yet'}")
-        print(
-            f"Tasks:       {counts['waiting']} waiting, {counts['claimed']} claimed, "
-            f"{counts['completed']} completed in the last 24 h, {counts['failed']} failed"
-        )
-        print(f"Workers:     {len(answer['workers'])}")
-        for worker in answer["workers"]:
-            queues = ", ".join(f"{name} (prefetch {count or 'unlimited'})" for name, count in worker["queues"].items())
-            print(
-                f"  {worker['worker_id']}: pid {worker['pid']}, since {_local_time(worker['since'])}, "
-                f"tasks: {queues or 'none'}, RPC identifiers: {worker['rpc']}, "
-                f"broadcasts: {'yes' if worker['broadcast'] else 'no'} ({worker['broadcasts_dropped']} dropped), "
-                f"in hand: {worker['in_hand']}"
-            )
-    return 0 if answer["running"] else 3
-
-
-def _print_tasks(rows: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    for row in rows:
-        details = [f"queue {row['queue']}", f"deaths {row['deaths']}"]
-        details += [f"worker {row['worker']}"] if row["worker"] else []
-        details += [row["reason"]] if row["reason"] else []
-        print(f"{row['id']}  {row['state']:9}  {', '.join(details)}")
-
-
-def _local_time(seconds: float | None) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "?"
+        from . import control
+    return control.main(arguments, serve)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import coordinator
+import control
 import discovery
 from pipebroker import PipeCommunicator
 
@@ -53,8 +53,8 @@ def line_of(process: subprocess.Popen[str], word: str) -> str:
 
 def main(config_path: Path, stack: contextlib.ExitStack) -> None:
     """Run the show."""
-    pid = coordinator.start(PROFILE, config_path)
-    stack.callback(coordinator.stop, config_path)
+    pid = control.start(PROFILE, config_path)
+    stack.callback(control.stop, config_path)
     say(f"A coordinator serves, pid {pid}.")
 
     workers: dict[str, subprocess.Popen[str]] = {}
@@ -105,11 +105,11 @@ def main(config_path: Path, stack: contextlib.ExitStack) -> None:
     say("Killed the coordinator with SIGKILL.")
     say(f"RPC goes on without it: {sender.rpc_send('cleo', 'still there?').result(TIMEOUT)}.")
     futures = send(range(2000, 2100), 0.001)
-    counts = coordinator.status(config_path)["tasks"]
+    counts = control.status(config_path)["tasks"]
     say(f"100 tasks more were sent; on the disk are {counts['waiting']} waiting.")
-    say(f"A new coordinator serves, pid {coordinator.start(PROFILE, config_path)}.")
+    say(f"A new coordinator serves, pid {control.start(PROFILE, config_path)}.")
     say(f"All 100 are done: {collect(futures, range(2000, 2100))}.")
-    counts = coordinator.status(config_path)["tasks"]
+    counts = control.status(config_path)["tasks"]
     say(f"On the disk: {counts['completed']} completed, {counts['waiting']} waiting, {counts['claimed']} claimed.")
     if counts != {"waiting": 0, "claimed": 0, "completed": 403, "failed": 0}:
         raise RuntimeError(f"403 tasks were sent; on the disk are {counts}")

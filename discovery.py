@@ -55,6 +55,10 @@ class DirectoryRefused(OSError):
     """A directory is not safe to use, or cannot be used; the message says what to do about it."""
 
 
+class CoordinatorError(RuntimeError):
+    """A coordinator could not be started or stopped; the message says why."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """The three directories of one configuration. Made by `establish` and `locate`."""

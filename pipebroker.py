@@ -1406,7 +1406,7 @@ class _PipeBroker:
             # However many want to start one, one does, and the others wait until it serves.
             with discovery.exclusive(layout.queue):
                 if discovery.coordinator(layout) is None:
-                    _coordinator().start(self._profile.name, self.config_path)
+                    _control().start(self._profile.name, self.config_path)
         except Exception as error:
             # Without it everything still works but sharing out tasks, and they are safe on the disk.
             _logger().warning("The coordinator could not be started, so tasks wait on the disk: %s", error)
@@ -1463,13 +1463,13 @@ def _logger() -> logging.Logger:
     return logging.getLogger("aiida.broker.namedpipe")
 
 
-def _coordinator() -> Any:
+def _control() -> Any:
     # Not at the top: most communicators never start one.
     if TYPE_CHECKING or not __package__:
-        import coordinator
+        import control
     else:
-        from . import coordinator
-    return coordinator
+        from . import control
+    return control
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from typing import Any
 import kiwipy
 import pytest
 
-import coordinator
+import control
 import discovery
 import fifo
 from harness import HERE, HOLDER, PULLER, RECORDER, SENDER, TIMEOUT, WORKER, Broker, eventually, recorded
@@ -119,7 +119,7 @@ def test_futures_nest_as_with_rabbitmq(served: Broker) -> None:
 
 
 def states(broker: Broker) -> list[tuple[str, str]]:
-    return [(row["state"], row["id"]) for row in coordinator.tasks(broker.config_path)]
+    return [(row["state"], row["id"]) for row in control.tasks(broker.config_path)]
 
 
 def test_cancelled_future_gives_the_task_back_when_the_communicator_closes(served: Broker) -> None:
@@ -160,7 +160,7 @@ def test_prefetch(served: Broker) -> None:
         assert started.acquire(timeout=TIMEOUT)
         if number:
             futures[number - 1].set_result(number - 1)
-        counts = coordinator.status(served.config_path)["tasks"]
+        counts = control.status(served.config_path)["tasks"]
         assert counts["claimed"] <= 2
     futures[4].set_result(4)
     assert [future.result(TIMEOUT).result(TIMEOUT) for future in sent] == list(range(5))
@@ -171,7 +171,7 @@ def test_idle_worker_gets_what_a_busy_one_has_not_started(served: Broker) -> Non
     busy = served.communicator()
     busy.add_task_subscriber(lambda *_: release.wait(TIMEOUT) and "busy")
     sent = [busy.task_send(number) for number in range(5)]
-    eventually(lambda: coordinator.status(served.config_path)["tasks"]["claimed"] == 1)
+    eventually(lambda: control.status(served.config_path)["tasks"]["claimed"] == 1)
     idle = served.communicator()
     idle.add_task_subscriber(lambda *_: "idle")
     try:
@@ -217,7 +217,7 @@ def test_tasks_of_a_killed_worker_are_done_by_another(served: Broker) -> None:
     eventually(lambda: [state for state, _ in states(served)] == ["waiting"] * 3)
     sender.add_task_subscriber(lambda _, body: body)
     assert [future.result(TIMEOUT) for future in pending] == [0, 1, 2]
-    assert [row["deaths"] for row in coordinator.tasks(served.config_path)] == [1, 1, 1]
+    assert [row["deaths"] for row in control.tasks(served.config_path)] == [1, 1, 1]
     assert "waits again: its worker died" in served.log()
 
 
@@ -421,7 +421,7 @@ def test_close_gives_unfinished_tasks_back_uncounted(served: Broker) -> None:
     second.add_task_subscriber(lambda *_: "second")
     first.close()
     assert pending.result(TIMEOUT) == "second"
-    assert [row["deaths"] for row in coordinator.tasks(served.config_path)] == [0]
+    assert [row["deaths"] for row in control.tasks(served.config_path)] == [0]
 
 
 def test_close_flushes(served: Broker) -> None:
@@ -781,7 +781,7 @@ def test_every_task_is_done_exactly_once(served: Broker, kills: int) -> None:
         sender.tell("go")
     for number in range(kills):
         eventually(lambda number=number: len(recorded(record)) >= (number + 1) * 4000)
-        said = coordinator.status(served.config_path)
+        said = control.status(served.config_path)
         os.kill(said["pid"], signal.SIGKILL)
         eventually(lambda: not discovery.is_alive(served.pipes / discovery.TASKS_INTAKE))
         served.start()
@@ -813,8 +813,8 @@ def test_workers_killed_at_random(served: Broker) -> None:
     assert set(counts) == {str(number) for number in range(2000)}
     # A worker with a subscriber that blocks has one task in hand.
     assert sum(counts.values()) - 2000 <= kills
-    eventually(lambda: coordinator.status(served.config_path)["tasks"]["claimed"] == 0)
-    assert coordinator.status(served.config_path)["tasks"] == {
+    eventually(lambda: control.status(served.config_path)["tasks"]["claimed"] == 0)
+    assert control.status(served.config_path)["tasks"] == {
         "waiting": 0,
         "claimed": 0,
         "completed": 2000,

@@ -217,10 +217,10 @@ class Broker:
 
     def start(self) -> int:
         """Start a coordinator, and return its pid."""
-        import coordinator
+        import control
 
-        pid = coordinator.start(self.profile, self.config_path)
-        self.stack.callback(coordinator.stop, self.config_path)
+        pid = control.start(self.profile, self.config_path)
+        self.stack.callback(control.stop, self.config_path)
         return pid
 
     def status(self) -> dict[str, Any]:

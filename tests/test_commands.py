@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-import coordinator
+import control
 import discovery
 import fifo
 import taskqueue
@@ -23,7 +23,7 @@ def test_tasks_that_move_meanwhile_are_listed_once(served: Broker) -> None:
     served.child(RECORDER, served.config_path / "record")
     while not all(future.done() for future in sent):
         # A name that moves on between two looks at the directories is in both.
-        rows = coordinator.tasks(served.config_path)
+        rows = control.tasks(served.config_path)
         assert len({row["id"] for row in rows}) == len(rows) == 500
 
 
@@ -36,7 +36,7 @@ def test_status_without_anything(broker: Broker) -> None:
 
 def test_command_line(broker: Broker) -> None:
     assert "Started" in broker.run("start")
-    broker.stack.callback(coordinator.stop, broker.config_path)
+    broker.stack.callback(control.stop, broker.config_path)
     said = json.loads(broker.run("status", "--json"))
     assert said["running"] and said["pipes"] == str(broker.pipes)
     assert f"with pid {said['pid']}" in broker.run("start", status=1)
@@ -93,7 +93,7 @@ def test_failed_task_is_listed_with_the_reason(served: Broker) -> None:
     task_id = taskqueue.new_id()
     (served.queue / f"task_{task_id}.json").write_text('{"body": ')
     assert fifo.knock(served.pipes / discovery.TASKS_INTAKE, {"type": "task", "queue": "", "name": task_id})
-    (row,) = eventually(lambda: coordinator.tasks(served.config_path, "failed"))
+    (row,) = eventually(lambda: control.tasks(served.config_path, "failed"))
     assert row["id"] == task_id and "JSONDecodeError" in row["reason"]
     assert communicator.task_send("next").result(TIMEOUT) == "next"
 

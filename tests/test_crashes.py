@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-import coordinator
+import control
 import discovery
 import taskqueue
 from harness import COORDINATOR, TIMEOUT, Broker, Child, eventually
@@ -75,12 +75,12 @@ def drained(broker: Broker) -> None:
     """See to it that nothing waits or is claimed: somebody does all that is left."""
     with contextlib.closing(broker.communicator()) as worker:
         worker.add_task_subscriber(lambda _, body: body)
-        eventually(lambda: not {row["state"] for row in coordinator.tasks(broker.config_path)} & {"waiting", "claimed"})
+        eventually(lambda: not {row["state"] for row in control.tasks(broker.config_path)} & {"waiting", "claimed"})
 
 
 def state(broker: Broker) -> str:
     """Say how many tasks are in which state on the disk."""
-    counts = collections.Counter(row["state"] for row in coordinator.tasks(broker.config_path))
+    counts = collections.Counter(row["state"] for row in control.tasks(broker.config_path))
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
 
 
@@ -197,7 +197,7 @@ def test_worker(served: Broker, tmp_path: Path) -> None:
         before = state(served)
         child.kill()
         eventually(lambda: not list(served.queue.glob("claimed/*")))
-        after = [(row["state"], row["deaths"]) for row in coordinator.tasks(served.config_path)]
+        after = [(row["state"], row["deaths"]) for row in control.tasks(served.config_path)]
         runs_before = recorded(record).count(name)
         with contextlib.closing(served.communicator()) as other:
             other.add_task_subscriber(lambda _, body: [append(record, body), body][1])
@@ -292,8 +292,8 @@ def test_coordinator_that_buries_a_worker(broker: Broker, tmp_path: Path) -> Non
         strace.end()
         survived = discovery.is_alive(broker.pipes / "coordinator_tasks")
         if not survived:
-            coordinator.stop(broker.config_path)  # It waits until it is gone.
-            pid = coordinator.start(broker.profile, broker.config_path)
+            control.stop(broker.config_path)  # It waits until it is gone.
+            pid = control.start(broker.profile, broker.config_path)
         got: list[str] = []
         with contextlib.closing(broker.communicator()) as other:
             other.add_task_subscriber(lambda _, body: [got.append(body), body][1])
@@ -318,8 +318,8 @@ def test_coordinator_that_starts_and_stops(broker: Broker, tmp_path: Path) -> No
         with subprocess.Popen(traced, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
             assert process.stderr is not None
             if "Serving" in process.stderr.readline():
-                with contextlib.suppress(coordinator.CoordinatorError):
-                    coordinator.stop(broker.config_path)
+                with contextlib.suppress(discovery.CoordinatorError):
+                    control.stop(broker.config_path)
             process.communicate(timeout=TIMEOUT)
         broker.run("start")
         with contextlib.closing(broker.communicator()) as worker:

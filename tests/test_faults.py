@@ -23,6 +23,7 @@ from pathlib import Path
 import kiwipy
 import pytest
 
+import control
 import coordinator
 import discovery
 import fifo
@@ -33,7 +34,8 @@ from pipebroker import PipeCommunicator
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user, and mount a small disk")
 OTHER_USER = 12345
 AS_OTHER_USER = f"""
-import contextlib, io, json, kiwipy, multiprocessing, resource, shutil, signal, threading, uuid, coordinator, discovery
+import contextlib, io, json, kiwipy, multiprocessing, resource, shutil, signal, threading, uuid
+import control, coordinator, discovery
 for name in ("encodings.idna", "gettext", "json.decoder", "locale", "unicodedata"):
     with contextlib.suppress(ImportError):
         __import__(name)  # Afterwards this process may not read the library.
@@ -160,7 +162,7 @@ sys.stdin.read()
     child.tell("go")
     assert [child.line() for _ in range(5)] == ["Too many open files"] * 5
     assert child.line() == "2 3 x"
-    assert [row["state"] for row in coordinator.tasks(served.config_path)] == ["completed"]
+    assert [row["state"] for row in control.tasks(served.config_path)] == ["completed"]
 
 
 def test_no_descriptors_in_the_worker(served: Broker) -> None:
@@ -177,7 +179,7 @@ print("ready"); sys.stdin.read(); worker.close()
     owner, other = served.communicator(), served.communicator()
     owner.rpc_send("hoard", True).result(TIMEOUT)
     pending = other.task_send("kept")
-    eventually(lambda: [row["state"] for row in coordinator.tasks(served.config_path)] == ["waiting"])
+    eventually(lambda: [row["state"] for row in control.tasks(served.config_path)] == ["waiting"])
     # The worker has never answered this one: it has to open a pipe.
     assert other.rpc_send("hoard", True).result(TIMEOUT) is None
     owner.rpc_send("hoard", False).result(TIMEOUT)
@@ -220,7 +222,7 @@ limited(lambda: communicator("first"))
 print(len(os.listdir("/proc/self/fd")) - before)
 made = communicator("first")
 limited(lambda: made.add_task_subscriber(lambda _, body: body))
-limited(lambda: coordinator.start(profile, config_path))
+limited(lambda: control.start(profile, config_path))
 made.add_rpc_subscriber(lambda _, body: body, "echo")
 print(made.rpc_send("echo", "works").result(30))
 made.close()
@@ -248,8 +250,8 @@ try:
     communicator()
 except discovery.DirectoryRefused as error:
     print(error)
-print(coordinator.main(["--profile", profile, "--config-path", config_path]))
-print(coordinator.main(["--profile", profile, "--config-path", config_path, "status"]))
+print(control.main(["--profile", profile, "--config-path", config_path]))
+print(control.main(["--profile", profile, "--config-path", config_path, "status"]))
 print("ready"); sys.stdin.read()
 """
     )
@@ -288,7 +290,7 @@ print("ready"); sys.stdin.read(); worker.close()
     held = communicator.task_send("held").result(TIMEOUT)
     communicator.add_task_subscriber(lambda _, body: body)
     communicator.add_broadcast_subscriber(lambda *_: heard.release())
-    pid = coordinator.status(served.config_path)["pid"]
+    pid = control.status(served.config_path)["pid"]
     before = _resident(pid)
     child.stop()
     text = "x" * 3000
@@ -313,7 +315,7 @@ def _resident(pid: int) -> int:
 
 
 def _worker(broker: Broker, worker_id: str) -> dict[str, int]:
-    (found,) = [row for row in coordinator.status(broker.config_path)["workers"] if row["worker_id"] == worker_id]
+    (found,) = [row for row in control.status(broker.config_path)["workers"] if row["worker_id"] == worker_id]
     return found
 
 
@@ -342,7 +344,7 @@ os._exit(0)
     eventually(lambda: _count(record, "ready") == 300, 120)
     communicator = served.communicator()
     assert all(communicator.rpc_send(f"worker{number}", number).result(TIMEOUT) == number for number in range(300))
-    eventually(lambda: len(coordinator.status(served.config_path)["workers"]) == 300)
+    eventually(lambda: len(control.status(served.config_path)["workers"]) == 300)
     pending = [communicator.task_send(number) for number in range(1500)]
     outcomes = [future.result(TIMEOUT) for future in pending]
     assert [body for _, body in outcomes] == list(range(1500))
@@ -351,7 +353,7 @@ os._exit(0)
     eventually(lambda: _count(record, "heard") == 300)
     communicator.broadcast_send("end")
     eventually(lambda: _count(record, "left") == 300, 120)
-    eventually(lambda: not coordinator.status(served.config_path)["workers"])
+    eventually(lambda: not control.status(served.config_path)["workers"])
 
 
 def _count(record: Path, word: str) -> int:
@@ -367,7 +369,7 @@ def test_coordinator_starts_on_many_waiting_tasks(broker: Broker) -> None:
     communicator = broker.communicator(task_prefetch_count=1)
     communicator.add_task_subscriber(lambda _, body: [first.set(), kiwipy.Future()][1] if body == 0 else None)
     assert first.wait(TIMEOUT)
-    assert coordinator.status(broker.config_path)["tasks"] == {
+    assert control.status(broker.config_path)["tasks"] == {
         "waiting": 19_999,
         "claimed": 1,
         "completed": 0,
@@ -390,7 +392,7 @@ for call in (lambda: os.listdir(pipes), lambda: open(f"{pipes}/coordinator_tasks
         print("done", call())
     except OSError as error:
         print(type(error).__name__)
-print(coordinator.main(["--profile", profile, "--config-path", config_path, "stop"]))
+print(control.main(["--profile", profile, "--config-path", config_path, "stop"]))
 print("ready"); sys.stdin.read()
 """
     )
@@ -420,7 +422,7 @@ def test_squatter_gets_nothing(broker: Broker, tmp_path: Path, squat: str) -> No
     communicator = broker.communicator()
     communicator.add_task_subscriber(lambda _, body: body)
     assert communicator.task_send(1).result(TIMEOUT) == 1
-    said = coordinator.status(broker.config_path)
+    said = control.status(broker.config_path)
     own = Path(said["pipes"])
     assert own != broker.pipes and own.name.startswith(broker.pipes.name) and stat.S_IMODE(own.stat().st_mode) == 0o700
     assert not list(bait.iterdir())
@@ -516,13 +518,13 @@ def test_bad_task_files_fail_with_a_reason_and_stop_nothing(served: Broker, tmp_
     for name in bad.values():
         assert fifo.knock(served.pipes / discovery.TASKS_INTAKE, {"type": "task", "queue": "", "name": name})
     communicator.task_send("good").result(TIMEOUT)
-    rows = {row["id"]: row for row in coordinator.tasks(served.config_path, "failed")}
+    rows = {row["id"]: row for row in control.tasks(served.config_path, "failed")}
     reasons = {title: rows[name]["reason"] for title, name in bad.items()}
     assert all(reason.startswith("it is not") for reason in reasons.values()), reasons
     assert got == ["good"]
     assert secret.exists()
     assert served.run("requeue", bad["half"]) == ""
-    eventually(lambda: bad["half"] in {row["id"] for row in coordinator.tasks(served.config_path, "failed")})
+    eventually(lambda: bad["half"] in {row["id"] for row in control.tasks(served.config_path, "failed")})
 
 
 HOSTILE_NAMES = [
@@ -617,12 +619,12 @@ signal.pause()
     pending = sender.task_send("poison")
     for deaths in range(1, taskqueue.MAX_DEATHS):
         forker.tell("die")
-        eventually(lambda: [row["deaths"] for row in coordinator.tasks(served.config_path, "waiting")] == [deaths])
+        eventually(lambda: [row["deaths"] for row in control.tasks(served.config_path, "waiting")] == [deaths])
     forker.tell("die")
     reason = f"{taskqueue.MAX_DEATHS} workers died while they held it"
     with pytest.raises(kiwipy.RemoteException, match=reason):
         pending.result(TIMEOUT)
-    (row,) = coordinator.tasks(served.config_path)
+    (row,) = control.tasks(served.config_path)
     assert (row["state"], row["reason"]) == ("failed", reason)
     got = threading.Event()
     sender.add_task_subscriber(lambda _, body: got.set())
@@ -736,14 +738,14 @@ thread.join()
         other.tell("go")
         tasks, calls, pipes = other.line().split()
         assert (tasks, calls) == ("other", "other")
-        mine = Path(coordinator.status(ours)["pipes"])
+        mine = Path(control.status(ours)["pipes"])
         assert mine != Path(pipes)
         # The plain name is the first one's; the second goes on, and whoever comes to the second, without it.
         if first == "root":
             break
         assert Path(pipes) == broker.pipes
         broker.communicator().close()
-        assert Path(coordinator.status(ours)["pipes"]) == mine
+        assert Path(control.status(ours)["pipes"]) == mine
     other.end()
     shutil.rmtree(theirs)
     shutil.rmtree(pipes)

@@ -34,7 +34,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
 
-import coordinator
+import control
 import discovery
 import taskqueue
 from harness import HERE
@@ -202,11 +202,11 @@ class Process:
 @contextlib.contextmanager
 def pipes(directory: Path) -> Iterator[tuple[str, int]]:
     """Run a coordinator; give its place and its pid."""
-    pid = coordinator.start(PROFILE, directory)
+    pid = control.start(PROFILE, directory)
     try:
         yield f"{PROFILE}:{directory}", pid
     finally:
-        coordinator.stop(directory)
+        control.stop(directory)
         layout = discovery.locate(directory)
         if layout is not None:
             shutil.rmtree(layout.pipes)
@@ -566,7 +566,7 @@ def _with_workers(count: int) -> dict[str, float]:
         )  # fmt: skip
         os.close(write_end)
         with open(read_end, "rb", buffering=0) as heard, PipeCommunicator(PROFILE, name, fsync=False) as sender:
-            wait_for(lambda: len(coordinator.status(name)["workers"]) == count)
+            wait_for(lambda: len(control.status(name)["workers"]) == count)
             before, begin = processor_seconds(pid), time.perf_counter()
             many(sender.task_send, 4000)
             tasks = 4000 / (time.perf_counter() - begin)
@@ -579,7 +579,7 @@ def _with_workers(count: int) -> dict[str, float]:
                 left -= len(heard.read(left) or b"")
             deliveries = 20 * count / (time.perf_counter() - begin)
             template.communicate()
-            wait_for(lambda: not coordinator.status(name)["workers"])
+            wait_for(lambda: not control.status(name)["workers"])
         return {
             "tasks (/s)": tasks,
             "coordinator's time for a task (µs)": 1e6 * spent / 4000,

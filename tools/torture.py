@@ -30,7 +30,7 @@ import kiwipy
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
 
-import coordinator
+import control
 import discovery
 from pipebroker import PipeCommunicator
 
@@ -164,7 +164,7 @@ class Torture:
         self._killed: set[str] = set()
         self._lives: dict[int, str] = {}
         self._evidence = {name: Evidence(directory, name) for name in ("done", "sent", "ends", "twice")}
-        self._descriptors = self._open_descriptors(coordinator.start(self.profile, directory))
+        self._descriptors = self._open_descriptors(control.start(self.profile, directory))
         self.workers = [self._start_worker(number) for number in range(WORKERS)]
         self.senders = [self._start_sender(number) for number in range(SENDERS)]
 
@@ -205,15 +205,15 @@ class Torture:
         self.senders[number] = self._start_sender(number)
 
     def _kill_coordinator(self) -> None:
-        os.kill(coordinator.status(self.config_path)["pid"], signal.SIGKILL)
-        coordinator.stop(self.config_path)  # It waits until it is gone.
-        coordinator.start(self.profile, self.config_path)
+        os.kill(control.status(self.config_path)["pid"], signal.SIGKILL)
+        control.stop(self.config_path)  # It waits until it is gone.
+        control.start(self.profile, self.config_path)
 
     def _stop_worker(self) -> None:
         self._pause(self.chance.choice(self.workers).pid)
 
     def _stop_coordinator(self) -> None:
-        self._pause(coordinator.status(self.config_path)["pid"])
+        self._pause(control.status(self.config_path)["pid"])
 
     def _restart_worker(self) -> None:
         number = self.chance.randrange(WORKERS)
@@ -221,8 +221,8 @@ class Torture:
         self.workers[number] = self._start_worker(number)
 
     def _restart_coordinator(self) -> None:
-        coordinator.stop(self.config_path)
-        coordinator.start(self.profile, self.config_path)
+        control.stop(self.config_path)
+        control.start(self.profile, self.config_path)
 
     def _kill(self, process: subprocess.Popen[str]) -> None:
         process.kill()
@@ -238,7 +238,7 @@ class Torture:
         return len(os.listdir(directory)) if os.path.isdir(directory) else 0
 
     def _unfinished(self) -> int:
-        counts = coordinator.status(self.config_path)["tasks"]
+        counts = control.status(self.config_path)["tasks"]
         return int(counts["waiting"] + counts["claimed"] + counts["failed"])
 
     def _left(self, layout: discovery.Layout) -> list[str]:
@@ -263,8 +263,8 @@ class Torture:
         assert layout is not None
         wait_until(lambda: not self._left(layout), DRAIN_SECONDS)
         left = self._left(layout)
-        descriptors = self._open_descriptors(coordinator.status(self.config_path)["pid"])
-        coordinator.stop(self.config_path)
+        descriptors = self._open_descriptors(control.status(self.config_path)["pid"])
+        control.stop(self.config_path)
         lines = {name: evidence.take() for name, evidence in self._evidence.items()}
         runs: dict[str, list[str]] = {}
         for task, life in lines["done"]:
@@ -297,7 +297,7 @@ class Torture:
         """End and remove everything, whatever happened."""
         for process in (*self.workers, *self.senders):
             process.kill()
-        coordinator.stop(self.config_path)
+        control.stop(self.config_path)
         layout = discovery.locate(self.config_path)
         if layout is not None:
             shutil.rmtree(layout.pipes, ignore_errors=True)

@@ -19,11 +19,11 @@ def run_coordinator_command(ctx: click.Context, *arguments: str) -> None:
     """Run a command of the coordinator's own command line on the current profile, and exit with its status."""
     import pathlib
 
-    from aiida.brokers.namedpipe import coordinator
+    from aiida.brokers.namedpipe import control
 
     profile = ctx.obj.profile
     config_path = pathlib.Path(ctx.obj.config.dirpath, 'profiles', profile.name)
-    sys.exit(coordinator.main(['--profile', profile.name, '--config-path', str(config_path), *arguments]))
+    sys.exit(control.main(['--profile', profile.name, '--config-path', str(config_path), *arguments]))
 
 
 def warn_other_broker(profile) -> None:

@@ -1,0 +1,344 @@
+"""What an operator asks of a coordinator: start, stop, status, tasks … as functions, and their command line.
+
+Strategy: what is asked is read from the disk, so it has an answer whether or not a coordinator runs; and the
+coordinator's lock says whether one does. The functions return data and print nothing; the command line prints it.
+
+Rules:
+- No question is put to a running coordinator, so that one that hangs can be looked into as well.
+- A question makes no directory and removes nothing.
+- Importing this module imports neither kiwipy nor AiiDA, nor the coordinator: asking for the status is to be quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING or not __package__:
+    import discovery
+    import fifo
+    import taskqueue
+else:
+    from . import discovery, fifo, taskqueue
+
+_STATES = ("waiting", "claimed", "completed", "failed")
+
+Serve = Callable[[str, Path, int | None], None]
+"""Serves in the foreground, as `coordinator.serve` does."""
+
+
+def start(profile_name: str, config_path: str | os.PathLike[str]) -> int:
+    """Start a coordinator in the background, and wait until it serves.
+
+    :return: its pid.
+    :raises discovery.CoordinatorError: it did not start; the message says why.
+    """
+    read_end, write_end = os.pipe()
+    # Run as a script even from inside a package: it needs nothing of the package, which may be large.
+    script = Path(__file__).absolute().with_name("coordinator.py")
+    command = [sys.executable, str(script), "--profile", profile_name]
+    command += ["--config-path", os.path.abspath(config_path), "--ready-descriptor", str(write_end)]
+    with open(read_end) as answer:
+        process = subprocess.Popen(
+            command,
+            pass_fds=(write_end,),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd="/",
+        )
+        os.close(write_end)
+        said = answer.read()
+    exit_status = process.wait()
+    if not said.startswith("ready "):
+        raise discovery.CoordinatorError(said or f"the coordinator ended with status {exit_status} before it served")
+    return int(said.split()[1])
+
+
+def stop(config_path: str | os.PathLike[str]) -> int | None:
+    """Stop the coordinator of a configuration, and wait until it is gone.
+
+    :return: its pid; `None` if none was running.
+    :raises discovery.CoordinatorError: it may not be stopped by this user.
+    """
+    path = Path(os.path.realpath(Path(config_path).expanduser())) / "coordinator" / "coordinator.lock"
+    if not path.exists():
+        return None
+    with open(path) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+        except BlockingIOError:
+            pid = int(lock.read() or 0)
+        if not pid:
+            raise discovery.CoordinatorError("the coordinator is just starting: try again")
+        try:
+            os.kill(pid, signal.SIGTERM)
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            raise discovery.CoordinatorError(f"the coordinator (pid {pid}) belongs to another user") from None
+        fcntl.flock(lock, fcntl.LOCK_SH)  # The kernel grants it when the coordinator is gone.
+        return pid
+
+
+def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read from the disk how things are; the answer is what ``status --json`` prints."""
+    layout = discovery.locate(config_path)
+    said = discovery.coordinator(layout) if layout else None
+    in_hand: collections.Counter[str] = collections.Counter()
+    counts = dict.fromkeys(_STATES, 0)
+    for queue in _existing_queues(layout).values():
+        counts["waiting"] += sum(1 for _ in queue.names())
+        counts["failed"] += sum(1 for _ in queue.names("failed"))
+        counts["completed"] += _recently_completed(queue)
+        in_hand.update(claim for claim, _ in queue.claimed())
+    counts["claimed"] = in_hand.total()
+    return {
+        "running": said is not None,
+        "pid": said.get("pid") if said else None,
+        "since": said.get("since") if said else None,
+        "pipes": str(layout.pipes) if layout else None,
+        "tasks": counts,
+        "workers": _live_workers(layout, in_hand, (said or {}).get("dropped") or {}) if layout else [],
+    }
+
+
+def tasks(config_path: str | os.PathLike[str], state: str | None = None) -> list[dict[str, Any]]:
+    """List the tasks, oldest first; the answer is what ``tasks --json`` prints.
+
+    A task that moves on meanwhile is listed once, in the state where it was met last.
+
+    :param state: 'waiting', 'claimed', 'completed' or 'failed' (default: all).
+    """
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for key, queue in _existing_queues(discovery.locate(config_path)).items():
+        for place in _STATES:
+            if state in (None, place):
+                rows.update(((key, row["id"]), row) for row in _rows(key, queue, place))
+    return sorted(rows.values(), key=lambda row: str(row["id"]))
+
+
+def requeue(config_path: str | os.PathLike[str], task_id: str) -> bool:
+    """Move a failed or completed task back to waiting; say whether there was one."""
+    layout = discovery.locate(config_path)
+    for key, queue in _existing_queues(layout).items():
+        name = queue.requeue(task_id)
+        if name is not None and layout is not None:
+            fifo.knock(layout.pipes / discovery.TASKS_INTAKE, {"type": "task", "queue": key, "name": name})
+            return True
+    return False
+
+
+def configure(profile_name: str, *, autostart: bool = True) -> None:
+    """Point an AiiDA profile at this broker.
+
+    :param autostart: whether a coordinator is started when it is needed and not running.
+    :raises discovery.CoordinatorError: AiiDA is not installed here.
+    :raises RuntimeError: AiiDA cannot find this broker.
+    """
+    # The one command that needs AiiDA; nothing else here may, as that takes long to import.
+    try:
+        if TYPE_CHECKING or not __package__:
+            import pipebroker
+        else:
+            from . import pipebroker
+        pipebroker.configure(profile_name, autostart=autostart)
+    except ImportError as error:
+        raise discovery.CoordinatorError(f"AiiDA is not installed here: {error}") from error
+
+
+# What the answers are made of
+
+
+def _existing_queues(layout: discovery.Layout | None) -> dict[str, taskqueue.TaskQueue]:
+    directories = taskqueue.queue_directories(layout.queue) if layout and layout.queue.is_dir() else {}
+    return {key: taskqueue.TaskQueue(directory, make=False) for key, directory in directories.items()}
+
+
+def _queue_name(key: str) -> str:
+    return key or "default"
+
+
+def _recently_completed(queue: taskqueue.TaskQueue) -> int:
+    count = 0
+    for name in queue.names("completed"):
+        with contextlib.suppress(FileNotFoundError):
+            age = time.time() - queue.path(name, "completed").stat().st_mtime
+            count += age < taskqueue.COMPLETED_KEPT_SECONDS
+    return count
+
+
+def _live_workers(
+    layout: discovery.Layout, in_hand: collections.Counter[str], dropped: dict[str, int]
+) -> list[dict[str, Any]]:
+    routes = collections.Counter(discovery.route_target(route) for route in layout.pipes.glob("route_*"))
+    return [
+        {
+            "worker_id": worker.worker_id,
+            "pid": worker.pid,
+            "since": worker.since,
+            "queues": {_queue_name(key): prefetch for key, prefetch in worker.queues.items()},
+            "rpc": routes[f"rpc_{worker.worker_id}"],
+            "broadcast": worker.broadcast,
+            "in_hand": in_hand[worker.claim],
+            "broadcasts_dropped": dropped.get(worker.worker_id, 0),
+        }
+        for worker in discovery.workers(layout)
+        if worker.is_alive(layout)
+    ]
+
+
+def _rows(key: str, queue: taskqueue.TaskQueue, state: str) -> Iterator[dict[str, Any]]:
+    found: Iterator[tuple[str | None, str]]
+    if state == "claimed":
+        found = iter(queue.claimed())
+    else:
+        found = ((None, name) for name in queue.names("" if state == "waiting" else state))
+    for claim, name in found:
+        task_id, _, deaths = name.partition(".")
+        yield {
+            "id": task_id,
+            "state": state,
+            "queue": _queue_name(key),
+            "deaths": int(deaths or 0),
+            "worker": claim.rpartition(".")[0] if claim else None,
+            "reason": queue.reason(name) if state == "failed" else None,
+        }
+
+
+# The command line
+
+
+def main(arguments: list[str] | None = None, serve: Serve | None = None) -> int:
+    """Run the command line; return the exit status.
+
+    :param serve: what serves in the foreground (default: `coordinator.serve`).
+    """
+    options = _parser().parse_args(arguments)
+    config_path = Path(options.config_path or f"~/.aiida/profiles/{options.profile}").expanduser().absolute()
+    try:
+        if options.command is None or (options.command == "start" and options.foreground):
+            (serve or _serve)(options.profile, config_path, options.ready_descriptor)
+            return 0
+        return _obey(options, config_path)
+    except (RuntimeError, OSError, ValueError) as error:
+        print(f"coordinator.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(profile_name: str, config_path: Path, ready: int | None) -> None:
+    # Not at the top: no other command needs it, and it hands itself over where it runs as a script.
+    if TYPE_CHECKING or not __package__:
+        import coordinator
+    else:
+        from . import coordinator
+    coordinator.serve(profile_name, config_path, ready)
+
+
+def _obey(options: argparse.Namespace, config_path: Path) -> int:
+    """Carry out a command that does not serve; return the exit status."""
+    if options.command == "start":
+        print(f"Started the coordinator, pid {start(options.profile, config_path)}.")
+    elif options.command == "stop":
+        pid = stop(config_path)
+        print("The coordinator is not running." if pid is None else f"Stopped the coordinator, pid {pid}.")
+    elif options.command == "restart":
+        stop(config_path)
+        print(f"Restarted the coordinator, pid {start(options.profile, config_path)}.")
+    elif options.command == "status":
+        answer = status(config_path)
+        print(json.dumps(answer, indent=1) if options.json else _status_text(answer))
+        return 0 if answer["running"] else 3
+    elif options.command == "tasks":
+        rows = tasks(config_path, options.state)
+        for line in [json.dumps(rows, indent=1)] if options.json else map(_row_text, rows):
+            print(line)
+    elif options.command == "requeue":
+        unknown = [task_id for task_id in options.task_ids if not requeue(config_path, task_id)]
+        if unknown:
+            raise discovery.CoordinatorError(f"no failed or completed task is called {', '.join(unknown)}")
+    else:
+        configure(options.profile, autostart=options.autostart)
+        print(f"Profile {options.profile} uses the named pipe broker now. Restart its daemon if it runs.")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="coordinator.py",
+        description="Shares out tasks and fans out broadcasts between the processes of one profile. "
+        "Without a command it runs in the foreground.",
+    )
+    parser.add_argument("--profile", required=True, metavar="NAME", help="the profile's name")
+    parser.add_argument(
+        "--config-path", metavar="DIR", help="the profile's directory (default: ~/.aiida/profiles/NAME)"
+    )
+    parser.add_argument("--ready-descriptor", type=int, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    command = commands.add_parser("start", help="start it in the background, and return when it serves")
+    command.add_argument(
+        "--foreground", action="store_true", help="stay in the foreground, and log to the terminal too"
+    )
+    commands.add_parser("stop", help="stop it, and return when it is gone")
+    commands.add_parser("restart", help="stop it if it runs, and start it")
+    command = commands.add_parser("status", help="say how things are; exit status 0 if it runs, 3 if not")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command = commands.add_parser("tasks", help="list the tasks on disk, oldest first")
+    command.add_argument("--state", choices=_STATES, help="only these")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command = commands.add_parser("configure", help="point the AiiDA profile of this name at this broker")
+    command.add_argument(
+        "--no-autostart", dest="autostart", action="store_false", help="start no coordinator when one is needed"
+    )
+    command = commands.add_parser("requeue", help="move failed or completed tasks back to waiting")
+    command.add_argument("task_ids", nargs="+", metavar="TASK_ID", help="as the command 'tasks' prints it")
+    return parser
+
+
+def _status_text(answer: dict[str, Any]) -> str:
+    state = (
+        f"running, pid {answer['pid']}, since {_local_time(answer['since'])}" if answer["running"] else "not running"
+    )
+    counts = answer["tasks"]
+    lines = [
+        f"Coordinator: {state}",
+        f"Pipes:       {answer['pipes'] or 'none yet'}",
+        f"Tasks:       {counts['waiting']} waiting, {counts['claimed']} claimed, "
+        f"{counts['completed']} completed in the last 24 h, {counts['failed']} failed",
+        f"Workers:     {len(answer['workers'])}",
+    ]
+    for worker in answer["workers"]:
+        queues = ", ".join(f"{name} (prefetch {count or 'unlimited'})" for name, count in worker["queues"].items())
+        lines.append(
+            f"  {worker['worker_id']}: pid {worker['pid']}, since {_local_time(worker['since'])}, "
+            f"tasks: {queues or 'none'}, RPC identifiers: {worker['rpc']}, "
+            f"broadcasts: {'yes' if worker['broadcast'] else 'no'} ({worker['broadcasts_dropped']} dropped), "
+            f"in hand: {worker['in_hand']}"
+        )
+    return "\n".join(lines)
+
+
+def _row_text(row: dict[str, Any]) -> str:
+    details = [f"queue {row['queue']}", f"deaths {row['deaths']}"]
+    details += [f"worker {row['worker']}"] if row["worker"] else []
+    details += [row["reason"]] if row["reason"] else []
+    return f"{row['id']}  {row['state']:9}  {', '.join(details)}"
+
+
+def _local_time(seconds: float | None) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "?"
