@@ -878,10 +878,10 @@ def _configure(profile_name: str, autostart: bool) -> None:
     # The one command that needs AiiDA; nothing else here may, as that takes long to import.
     try:
         if TYPE_CHECKING or not __package__:
-            import pipebroker
+            import aiidabroker
         else:
-            from . import pipebroker
-        pipebroker.configure(profile_name, autostart=autostart)
+            from . import aiidabroker
+        aiidabroker.configure(profile_name, autostart=autostart)
     except ImportError as error:
         raise CoordinatorError(f"AiiDA is not installed here: {error}") from error
     print(f"Profile {profile_name} uses the named pipe broker now. Restart its daemon if it runs.")

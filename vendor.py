@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-MODULES = ("discovery.py", "fifo.py", "taskqueue.py", "pipebroker.py", "coordinator.py")
+MODULES = ("discovery.py", "fifo.py", "taskqueue.py", "pipebroker.py", "coordinator.py", "aiidabroker.py")
 BROKER = "aiida.brokers.namedpipe.pipebroker:PipeBroker"
 MARK = b"# Copied by vendor.py of aiida-namedpipe: change it there, not here.\n"
 

@@ -1,9 +1,10 @@
-"""vendor.py: in and out of AiiDA, byte for byte."""
+"""What is installed where: vendor.py, in and out of AiiDA, byte for byte; and the lists of modules."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -12,11 +13,7 @@ from pathlib import Path
 import pytest
 
 from harness import HERE
-
-if importlib.util.find_spec("aiida") is None:
-    pytest.skip("aiida-core is not installed", allow_module_level=True)
-
-AIIDA = Path(importlib.util.find_spec("aiida").origin).parent
+from vendor import MODULES
 
 
 def checksums(directory: Path) -> dict[str, str]:
@@ -34,15 +31,19 @@ def vendor(*arguments: object) -> int:
 @pytest.fixture(params=["source", "installed"])
 def tree(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
     """A copy of AiiDA: the directory that holds all of it, and the path for vendor.py."""
+    spec = importlib.util.find_spec("aiida")
+    if spec is None or spec.origin is None:
+        pytest.skip("aiida-core is not installed")
+    installed = Path(spec.origin).parent
     package = tmp_path / "src" / "aiida" if request.param == "source" else tmp_path / "aiida"
-    shutil.copytree(AIIDA, package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(installed, package, ignore=shutil.ignore_patterns("__pycache__"))
     if request.param == "source":
         broker = "'core.rabbitmq' = 'aiida.brokers.rabbitmq.broker:RabbitmqBroker'"
         (tmp_path / "pyproject.toml").write_text(
             f"[project]\nname = 'aiida-core'\n\n[project.entry-points.'aiida.brokers']\n{broker}\n"
         )
         return tmp_path, tmp_path
-    metadata = next(AIIDA.parent.glob("aiida_core-*.dist-info"))
+    metadata = next(installed.parent.glob("aiida_core-*.dist-info"))
     shutil.copytree(metadata, tmp_path / metadata.name)
     return tmp_path, package
 
@@ -54,7 +55,7 @@ def test_vendor_round_trip(tree: tuple[Path, Path]) -> None:
     assert checksums(root) == before
     assert vendor(path) == 0
     copied = checksums(root)
-    assert len(copied) == len(before) + 7
+    assert len(copied) == len(before) + len(MODULES) + 2
     assert vendor(path) == 0
     assert checksums(root) == copied
     assert vendor(path, "--check") == 0
@@ -88,3 +89,15 @@ def test_vendor_stops_before_the_first_change(tree: tuple[Path, Path], what: str
     before = checksums(root)
     assert vendor(path) == 2
     assert checksums(root) == before
+
+
+def test_every_list_of_modules_is_the_same() -> None:
+    apart = {"conftest.py", "demo.py", "vendor.py"}
+    modules = {path.name for path in HERE.glob("*.py") if not path.name.startswith("test_")} - apart
+    project = (HERE / "pyproject.toml").read_text()
+    wheel = re.findall(r'^"(\w+\.py)" = "aiida_namedpipe/(\w+\.py)"$', project, re.MULTILINE)
+    checked = re.search(r"^files = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
+    assert checked is not None
+    assert sorted(MODULES) == sorted(modules)
+    assert sorted(wheel) == sorted((name, name) for name in modules)
+    assert sorted(re.findall(r'"(.*?)"', checked[1])) == sorted([*modules, "vendor.py"])
