@@ -131,16 +131,23 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
             self._communicator = None
 
     def revive(self) -> None:
-        """Start the coordinator again if it has died: one that was stopped has taken its entry with it."""
+        """Start the coordinator again if it has died: one that was stopped has taken its entry with it.
+
+        Nothing is raised, as what the caller has sent is accepted, and whoever heard of a failure would send it twice.
+        """
+        try:
+            if self._has_died() and self._autostart and time.monotonic() - self._revived > _REVIVE_SECONDS:
+                self._revived = time.monotonic()
+                # On a thread, as whoever sends may be a worker's event loop.
+                threading.Thread(target=self._start_coordinator, daemon=True).start()
+        except Exception as error:
+            _LOGGER.warning("Perhaps no coordinator runs, and without one tasks wait on the disk: %s", error)
+
+    def _has_died(self) -> bool:
         layout = discovery.locate(self.config_path)
         if layout is None or discovery.is_alive(layout.pipes / discovery.TASKS_INTAKE):
-            return
-        now = time.monotonic()
-        died = (layout.registry / "coordinator.json").exists()
-        if died and self._autostart and now - self._revived > _REVIVE_SECONDS:
-            self._revived = now
-            # On a thread, as whoever sends may be a worker's event loop.
-            threading.Thread(target=self._start_coordinator, daemon=True).start()
+            return False
+        return (layout.registry / "coordinator.json").exists()
 
     @property
     def _autostart(self) -> bool:

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
@@ -18,7 +19,7 @@ import pytest
 import coordinator
 import discovery
 import pipebroker
-from harness import Broker
+from harness import Broker, eventually
 
 if importlib.util.find_spec("aiida") is None:
     pytest.skip("aiida-core is not installed", allow_module_level=True)
@@ -28,7 +29,9 @@ if importlib.util.find_spec("aiida") is None:
 def aiidabroker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
     """The module, imported where AiiDA, which makes directories when it is imported, can make them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AIIDA_PATH", str(tmp_path_factory.mktemp("aiida")))
+        home = tmp_path_factory.mktemp("aiida")
+        (home / ".aiida").mkdir()
+        patch.setenv("AIIDA_PATH", str(home))
         yield importlib.import_module("aiidabroker")
 
 
@@ -80,7 +83,6 @@ def test_looking_makes_nothing(made: Callable[..., Any], broker: Broker) -> None
     assert not broker.config_path.exists() and not broker.pipes.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="what fails after the sending is raised")
 @pytest.mark.parametrize("lacking", ["thread", "descriptor"])
 @pytest.mark.parametrize("kind", ["task", "broadcast"])
 def test_accepted_is_accepted_without_a_coordinator_to_be_had(
@@ -104,3 +106,20 @@ def test_accepted_is_accepted_without_a_coordinator_to_be_had(
     assert ("can't start new thread" if lacking == "thread" else os.strerror(errno.EMFILE)) in caplog.text
     assert "on the disk" in caplog.text
     assert len(broker.tasks("waiting")) == (kind == "task")
+
+
+@pytest.mark.parametrize("autostart", [True, False])
+def test_a_coordinator_that_died_is_started_by_whoever_sends(
+    made: Callable[..., Any], broker: Broker, autostart: bool
+) -> None:
+    pipe_broker = made(autostart=autostart)
+    communicator = pipe_broker._connect()
+    first = broker.start()
+    os.kill(first, signal.SIGKILL)
+    eventually(lambda: not pipe_broker.check_service_reachable(), 5)
+    threads = threading.active_count()
+    communicator.task_send("wake", no_reply=True)
+    if autostart:
+        eventually(lambda: pipe_broker.probe_service_status()["pid"] not in (None, first), 10)
+    assert autostart or threading.active_count() == threads
+    assert pipe_broker.check_service_reachable() is autostart
