@@ -152,10 +152,10 @@ def configure(profile_name: str, *, autostart: bool = True) -> None:
     # The one command that needs AiiDA; nothing else here may, as that takes long to import.
     try:
         if TYPE_CHECKING or not __package__:
-            import pipebroker
+            import aiidabroker
         else:
-            from . import pipebroker
-        pipebroker.configure(profile_name, autostart=autostart)
+            from . import aiidabroker
+        aiidabroker.configure(profile_name, autostart=autostart)
     except ImportError as error:
         raise discovery.CoordinatorError(f"AiiDA is not installed here: {error}") from error
 

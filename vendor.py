@@ -33,6 +33,7 @@ MODULES = (
     "coordinator.py",
     "control.py",
     "pipebroker.py",
+    "aiidabroker.py",
 )
 BROKER = "aiida.brokers.namedpipe.pipebroker:PipeBroker"
 MARK = b"# Copied by vendor.py of aiida-namedpipe: change it there, not here.\n"

@@ -11,9 +11,9 @@ __all__ = ('PipeCommunicator', 'discovery')
 def __getattr__(name: str) -> Any:
     # These two are made when asked for: the first imports AiiDA, and few need the second.
     if name == 'PipeBroker':
-        from . import pipebroker
+        from .aiidabroker import PipeBroker
 
-        return pipebroker.PipeBroker
+        return PipeBroker
     if name == 'PipeCoordinator':
         from .coordinator import PipeCoordinator
 

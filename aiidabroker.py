@@ -1,0 +1,257 @@
+"""`PipeBroker`, by which AiiDA finds the named pipes: its communicator, its serializer, and its settings.
+
+Strategy: AiiDA gets a `PipeCommunicator` that differs from the plain one in three things. What JSON lacks goes through
+AiiDA's own serializer; where a process would be lost over a moment without room, it gets the one error that it takes
+for passing; and a coordinator that is needed and not running is started.
+
+Rules:
+- A task that was accepted is never reported as refused: whatever fails after that is a warning in AiiDA's log.
+- Making a `PipeBroker` starts and makes nothing, as many commands only look at it.
+- Nothing here is needed without AiiDA, and nothing else in the project imports it but when asked for it by name.
+- Not imported at the top: ``aiida.orm.utils.serialize``, which takes 0.8 s where AiiDA's other modules that stand there
+  take nothing, since whoever loads a broker has them; and ``control``, 10 ms for the few who start one.
+
+AiiDA 2.6 and newer: a broker's configuration fields came after 2.6, where `PipeBroker` has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import kiwipy
+from aiida.brokers import broker as base
+from aiida.common.exceptions import EntryPointError
+from aiida.manage.configuration import get_config
+from aiida.plugins import BrokerFactory
+
+if TYPE_CHECKING or not __package__:
+    import discovery
+    import pipebroker
+    import taskqueue
+else:
+    from . import discovery, pipebroker, taskqueue
+
+__all__ = ("PipeBroker", "configure")
+
+_SERIALIZED = "aiida.orm.utils.serialize"
+_REVIVE_SECONDS = 1.0
+
+# A name below AiiDA's own, whatever this module is called, so that it goes where AiiDA's log goes.
+_LOGGER = logging.getLogger("aiida.broker.namedpipe")
+
+
+class PipeBroker(base.Broker):  # type: ignore[misc]
+    """AiiDA's way to the named pipes.
+
+    A coordinator that is not running is started by whoever asks for a communicator, and one that has died also by
+    whoever sends a task or a broadcast. One that was stopped in an orderly way stays stopped until somebody asks. With
+    ``process_control.config.autostart`` false, all of that is left to the user.
+    """
+
+    if hasattr(base, "BrokerConfigField"):
+        _config_fields = (
+            base.BrokerConfigField(
+                name="autostart",
+                prompt="Start the coordinator when it is needed",
+                help="Whether a coordinator is started when it is needed and not running.",
+                default=True,
+                param_type="bool",
+            ),
+        )
+
+    def __init__(self, profile: Any) -> None:
+        """
+        :param profile: AiiDA's profile. Nothing is started or made yet, as many commands only look at the broker.
+        """
+        super().__init__(profile)
+        self._communicator: _BrokerCommunicator | None = None
+        self._revived = float("-inf")
+        self.config_path = Path(get_config().dirpath, "profiles", profile.name)
+        """The profile's configuration directory."""
+
+    def __str__(self) -> str:
+        status = self.probe_service_status()
+        if "error" in status:
+            return f"Named pipes @ {self.config_path} <{status['error']}>"
+        tasks = f"{status['waiting']} tasks waiting, {status['claimed']} in hand"
+        running = f"coordinator PID {status['pid']}" if status["connected"] else "coordinator <not running>"
+        return f"Named pipes @ {self.config_path}: {running}, {tasks}"
+
+    def get_communicator(self) -> pipebroker.PipeCommunicator:
+        """Return the communicator; make it first, and start a coordinator, where necessary."""
+        communicator = self._connect()
+        if not self.check_service_reachable():
+            if self._autostart:
+                self._start_coordinator()
+            else:
+                _LOGGER.warning(
+                    "The coordinator is not running, so tasks wait on the disk. Start it with "
+                    "`verdi coordinator start` or `aiida-coordinator --profile %s start`.",
+                    self._profile.name,
+                )
+        return communicator
+
+    def iterate_tasks(self) -> Iterator[pipebroker.PipeIncomingTask]:
+        """Yield the tasks that no live worker holds; those that are not processed wait again when the loop ends."""
+        yield from self._connect().task_queue(pipebroker.DEFAULT_QUEUE)
+
+    def check_service_reachable(self) -> bool:
+        """Return whether a coordinator is running."""
+        layout = discovery.locate(self.config_path)
+        return layout is not None and discovery.coordinator(layout) is not None
+
+    def probe_service_status(self) -> dict[str, Any]:
+        """Return, from the disk, whether a coordinator is running, its pid, and how many tasks wait or are in hand."""
+        try:
+            layout = discovery.locate(self.config_path)
+            if layout is None:
+                return {"connected": False, "pid": None, "waiting": 0, "claimed": 0}
+            said = discovery.coordinator(layout)
+            queue = taskqueue.TaskQueue(layout.queue, make=False)
+            return {
+                "connected": said is not None,
+                "pid": said.get("pid") if said is not None else None,
+                "waiting": sum(1 for _ in queue.names()),
+                "claimed": sum(1 for _ in queue.claimed()),
+                "pipes": str(layout.pipes),
+            }
+        except OSError as error:
+            return {"connected": False, "error": f"{type(error).__name__}: {error}"}
+
+    def close(self) -> None:
+        """Close the communicator. The coordinator runs on."""
+        if self._communicator is not None:
+            self._communicator.close()
+            self._communicator = None
+
+    def revive(self) -> None:
+        """Start the coordinator again if it has died: one that was stopped has taken its entry with it.
+
+        Nothing is raised, as what the caller has sent is accepted, and whoever heard of a failure would send it twice.
+        """
+        try:
+            if self._has_died() and self._autostart and time.monotonic() - self._revived > _REVIVE_SECONDS:
+                self._revived = time.monotonic()
+                # On a thread, as whoever sends may be a worker's event loop.
+                threading.Thread(target=self._start_coordinator, daemon=True).start()
+        except Exception as error:
+            _LOGGER.warning("Perhaps no coordinator runs, and without one tasks wait on the disk: %s", error)
+
+    def _has_died(self) -> bool:
+        layout = discovery.locate(self.config_path)
+        if layout is None or discovery.is_alive(layout.pipes / discovery.TASKS_INTAKE):
+            return False
+        return (layout.registry / "coordinator.json").exists()
+
+    @property
+    def _autostart(self) -> bool:
+        return bool((self._profile.process_control_config or {}).get("autostart", True))
+
+    def _connect(self) -> _BrokerCommunicator:
+        if self._communicator is None or self._communicator.is_closed():
+            self._communicator = _BrokerCommunicator(self._profile, self.config_path, self.revive)
+        return self._communicator
+
+    def _start_coordinator(self) -> None:
+        try:
+            if TYPE_CHECKING or not __package__:
+                import control
+            else:
+                from . import control
+            layout = discovery.establish(self._profile.name, self.config_path)
+            # However many want to start one, one does, and the others wait until it serves.
+            with discovery.exclusive(layout.queue):
+                if discovery.coordinator(layout) is None:
+                    control.start(self._profile.name, self.config_path)
+        except Exception as error:
+            # Without it everything still works but sharing out tasks, and they are safe on the disk.
+            _LOGGER.warning("The coordinator could not be started, so tasks wait on the disk: %s", error)
+
+
+class _BrokerCommunicator(pipebroker.PipeCommunicator):
+    """A communicator in the hands of plumpy, which lets a process except on anything but a `kiwipy.TimeoutError`."""
+
+    def __init__(self, profile: Any, config_path: Path, revive: Callable[[], None]) -> None:
+        super().__init__(
+            profile.name,
+            config_path,
+            task_prefetch_count=get_config().get_option("daemon.worker_process_slots", scope=profile.name),
+            encoder=_encode,
+            decoder=_decode,
+        )
+        self._revive = revive
+
+    def task_send(self, task: Any, no_reply: bool = False) -> kiwipy.Future | None:
+        """Do what `PipeCommunicator.task_send` does, and see to it that there is somebody to share the task out."""
+        future = super().task_send(task, no_reply)
+        self._revive()
+        return future
+
+    def broadcast_send(self, body: Any, sender: Any = None, subject: Any = None, correlation_id: Any = None) -> bool:
+        """:raises kiwipy.TimeoutError: it could not be sent."""
+        with _as_timeout():
+            super().broadcast_send(body, sender, subject, correlation_id)
+        self._revive()
+        return True
+
+    def add_rpc_subscriber(self, subscriber: Callable[..., Any], identifier: Any = None) -> Any:
+        """:raises kiwipy.TimeoutError: the system has no room for another pipe or name."""
+        with _as_timeout():
+            return super().add_rpc_subscriber(subscriber, identifier)
+
+    def add_broadcast_subscriber(self, subscriber: Callable[..., Any], identifier: Any = None) -> Any:
+        """:raises kiwipy.TimeoutError: the system has no room for another pipe or name."""
+        with _as_timeout():
+            return super().add_broadcast_subscriber(subscriber, identifier)
+
+
+@contextlib.contextmanager
+def _as_timeout() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, BufferError, kiwipy.CommunicatorClosed) as error:
+        raise kiwipy.TimeoutError(f"{type(error).__name__}: {error}") from error
+
+
+def _encode(value: Any) -> dict[str, str]:
+    """Express what JSON lacks, such as a node, with AiiDA's own serializer."""
+    from aiida.orm.utils import serialize
+
+    try:
+        return {_SERIALIZED: serialize.serialize(value)}
+    except Exception as error:
+        raise TypeError(f"AiiDA cannot serialize {value!r}: {error}") from error
+
+
+def _decode(mapping: dict[str, Any]) -> Any:
+    if mapping.keys() != {_SERIALIZED}:
+        return mapping
+    from aiida.orm.utils import serialize
+
+    return serialize.deserialize_unsafe(mapping[_SERIALIZED])
+
+
+def configure(profile_name: str, *, autostart: bool = True) -> None:
+    """Point an AiiDA profile at this broker.
+
+    :param autostart: whether a coordinator is started when it is needed and not running.
+    :raises RuntimeError: AiiDA cannot find this broker.
+    """
+    name = "core.namedpipe" if __name__.startswith("aiida.") else "namedpipe"
+    try:
+        BrokerFactory(name)
+    except EntryPointError as error:
+        raise RuntimeError(
+            f"AiiDA does not know the broker '{name}': run 'pip install .' or vendor.py first ({error})"
+        ) from error
+    config = get_config()
+    profile = config.get_profile(profile_name)
+    profile.set_process_controller(name=name, config={"autostart": autostart})
+    config.update_profile(profile)
+    config.store()

@@ -1,0 +1,125 @@
+"""`PipeBroker` and its communicator by themselves: AiiDA's modules, but no profile, storage or daemon."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.util
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+import control
+import discovery
+import pipebroker
+from harness import Broker, eventually
+
+if importlib.util.find_spec("aiida") is None:
+    pytest.skip("aiida-core is not installed", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def aiidabroker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    """The module, imported where AiiDA, which makes directories when it is imported, can make them."""
+    with pytest.MonkeyPatch.context() as patch:
+        home = tmp_path_factory.mktemp("aiida")
+        (home / ".aiida").mkdir()
+        patch.setenv("AIIDA_PATH", str(home))
+        yield importlib.import_module("aiidabroker")
+
+
+@pytest.fixture
+def made(aiidabroker: ModuleType, broker: Broker, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Make a `PipeBroker` for the profile of `broker`."""
+    home = broker.config_path.parent
+    broker.config_path = home / "profiles" / broker.profile
+    config = SimpleNamespace(dirpath=str(home), get_option=lambda *_, **__: 10)
+    monkeypatch.setattr(aiidabroker, "get_config", lambda: config)
+
+    def make(**process_control: Any) -> Any:
+        profile = SimpleNamespace(name=broker.profile, process_control_config=process_control)
+        pipe_broker = aiidabroker.PipeBroker(profile)
+        broker.stack.callback(pipe_broker.close)
+        return pipe_broker
+
+    return make
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def without_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let whoever opens the coordinator's intake find no free descriptor."""
+    opened = os.open
+
+    def open_(path: Any, *arguments: Any, **options: Any) -> int:
+        if os.fspath(path).endswith(discovery.TASKS_INTAKE):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", open_)
+
+
+def test_asked_for_by_the_old_name(aiidabroker: ModuleType) -> None:
+    assert pipebroker.PipeBroker is aiidabroker.PipeBroker
+    with pytest.raises(AttributeError, match="no attribute 'PipeBrocker'"):
+        pipebroker.PipeBrocker
+
+
+def test_looking_makes_nothing(made: Callable[..., Any], broker: Broker) -> None:
+    pipe_broker = made()
+    assert not pipe_broker.check_service_reachable()
+    assert pipe_broker.probe_service_status() == {"connected": False, "pid": None, "waiting": 0, "claimed": 0}
+    assert "not running" in str(pipe_broker)
+    pipe_broker.close()
+    assert not broker.config_path.exists() and not broker.pipes.exists()
+
+
+@pytest.mark.parametrize("lacking", ["thread", "descriptor"])
+@pytest.mark.parametrize("kind", ["task", "broadcast"])
+def test_accepted_is_accepted_without_a_coordinator_to_be_had(
+    made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch, caplog: Any, kind: str, lacking: str
+) -> None:
+    """Whoever heard of a failure would send the task again, and have it done twice."""
+    communicator = made()._connect()
+    broker.stack.callback(control.stop, broker.config_path)
+    # What a coordinator that died has left.
+    (broker.config_path / "pipes" / "coordinator.json").write_text(json.dumps({"pid": os.getpid()}))
+    os.mkfifo(broker.pipes / discovery.TASKS_INTAKE)
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        if lacking == "thread":
+            patch.setattr(threading.Thread, "start", refuse)
+        else:
+            without_descriptors(patch)
+        if kind == "task":
+            communicator.task_send("once", no_reply=True)
+        else:
+            assert communicator.broadcast_send("once") is True
+    assert ("can't start new thread" if lacking == "thread" else os.strerror(errno.EMFILE)) in caplog.text
+    assert "on the disk" in caplog.text
+    assert len(broker.tasks("waiting")) == (kind == "task")
+
+
+@pytest.mark.parametrize("autostart", [True, False])
+def test_a_coordinator_that_died_is_started_by_whoever_sends(
+    made: Callable[..., Any], broker: Broker, autostart: bool
+) -> None:
+    pipe_broker = made(autostart=autostart)
+    communicator = pipe_broker._connect()
+    first = broker.start()
+    os.kill(first, signal.SIGKILL)
+    eventually(lambda: not pipe_broker.check_service_reachable(), 5)
+    threads = threading.active_count()
+    communicator.task_send("wake", no_reply=True)
+    if autostart:
+        eventually(lambda: pipe_broker.probe_service_status()["pid"] not in (None, first), 10)
+    assert autostart or threading.active_count() == threads
+    assert pipe_broker.check_service_reachable() is autostart
