@@ -18,7 +18,7 @@ from typing import Any
 import kiwipy
 import pytest
 
-from harness import ECHO, HOARD, HOLDER, RECORDER, TIMEOUT, Broker, Child, eventually, is_gone, recorded
+from harness import HOARD, HOLDER, RECORDER, TIMEOUT, Broker, Child, eventually, is_gone, recorded
 
 SOON = 5.0
 """For what an event brings about."""
@@ -249,6 +249,19 @@ sys.stdin.read()
     assert recorded(record) == ["once"]
 
 
+@pytest.mark.xfail(strict=True, reason="only an OSError makes it take the task back")
+def test_task_send_that_is_interrupted_leaves_no_task(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    sender = broker.communicator()
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sender.task_send("body")
+    monkeypatch.undo()
+    assert not [path.name for path in broker.queue.iterdir() if "task_" in path.name or path.name.startswith(".")]
+
+
 @pytest.mark.xfail(strict=True, reason="what a communicator holds is known by the task's name alone")
 def test_future_of_a_task_given_back_does_not_complete_who_took_it_next(broker: Broker) -> None:
     sender, worker = broker.communicator(), broker.communicator()
@@ -440,16 +453,30 @@ state = "closing"
 worker.close()
 print("closed"); sys.stdin.read()
 """
+    # It may have to wait until the last life has gone.
+    next_one = """
+until = time.monotonic() + 15
+while True:
+    try:
+        worker = communicator("twice")
+        break
+    except kiwipy.DuplicateSubscriberIdentifier:
+        if time.monotonic() > until:
+            raise
+        time.sleep(0.05)
+worker.add_rpc_subscriber(lambda _, body: body, "twice")
+print("ready"); sys.stdin.read(); worker.close()
+"""
     caller = served.communicator()
     last = served.child(script)
     last.tell("close")
     paused = last.line() == "paused"
-    following = served.spawn(ECHO, "twice")
+    following = served.spawn(next_one)
     with disposable(served, last, following):
         try:
             ready = following.line(4) == "ready"
         except AssertionError:
-            ready = False  # It waits until the last life has gone, as it may.
+            ready = False
         if paused and not ready:
             last.tell("go on")
             assert last.line() == "closed" and following.line() == "ready"
