@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import COORDINATOR, TIMEOUT, Broker, Child, eventually, write_frame
+from harness import COORDINATOR, ECHO, TIMEOUT, Broker, Child, eventually, write_frame
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory to another user")
 SECONDS = 8.0
@@ -188,6 +188,18 @@ def test_a_missing_state_directory_does_not_stop_housekeeping(broker: Broker) ->
         goes_on(broker, child)
 
 
+@pytest.mark.xfail(strict=True, reason="what cannot be made stops all housekeeping, each time")
+def test_a_queue_that_cannot_be_used_does_not_stop_housekeeping(broker: Broker) -> None:
+    with serving(broker) as child:
+        in_the_way = broker.queue / "queues" / "broken" / "claimed"
+        in_the_way.parent.mkdir(parents=True)
+        in_the_way.write_text("in the way")
+        try:
+            goes_on(broker, child)
+        finally:
+            in_the_way.unlink()
+
+
 @pytest.mark.xfail(strict=True, reason="a body for a receiver called '.' ends the coordinator")
 def test_a_body_for_no_possible_receiver_does_not_end_the_coordinator(broker: Broker) -> None:
     with serving(broker) as child:
@@ -286,6 +298,38 @@ resource.setrlimit = setrlimit
 def test_more_descriptors_are_asked_for_where_the_limit_is_infinity(broker: Broker) -> None:
     with serving(broker, 1.0, INFINITE) as child:
         assert int(child.line(0.5)) >= 4096
+
+
+# Where a selector says of a pipe that waits for room, and has lost its reader, only that it can be written.
+WRITABLE = """
+import concurrent.futures, selectors
+select, both = selectors.DefaultSelector.select, selectors.EVENT_READ | selectors.EVENT_WRITE
+def only_writable(selector, timeout=None):
+    return [
+        (key, selectors.EVENT_WRITE if key.events == both and mask & selectors.EVENT_WRITE else mask)
+        for key, mask in select(selector, timeout)
+    ]
+selectors.DefaultSelector.select = only_writable
+with communicator() as caller:
+    calls = [caller.rpc_send("stopped", "x" * 1000) for _ in range(200)]
+    print("ready")
+    concurrent.futures.wait(calls, 8)
+    print({type(call.exception()).__name__ if call.done() else "nothing" for call in calls})
+"""
+
+
+@pytest.mark.xfail(strict=True, reason="a broken pipe is passed over where frames wait for room in it")
+def test_calls_fail_when_the_recipient_dies_though_only_a_write_tells(served: Broker) -> None:
+    recipient = served.child(ECHO, "stopped")
+    recipient.stop()
+    caller = served.child(WRITABLE)
+    try:
+        recipient.kill()
+        assert caller.line(12.0) == "{'DeliveryFailed'}"
+    finally:
+        caller.kill()
+        for left in served.pipes.glob(f"reply_{caller.pid}_*"):
+            left.unlink()
 
 
 # Says of each file and directory that is synced which one it is.
