@@ -31,11 +31,12 @@ from aiida.manage.configuration import get_config
 from aiida.plugins import BrokerFactory
 
 if TYPE_CHECKING or not __package__:
+    import directories
     import discovery
     import pipebroker
     import taskqueue
 else:
-    from . import discovery, pipebroker, taskqueue
+    from . import directories, discovery, pipebroker, taskqueue
 
 __all__ = ("PipeBroker", "configure")
 
@@ -103,17 +104,17 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
 
     def check_service_reachable(self) -> bool:
         """Return whether a coordinator is running."""
-        layout = discovery.locate(self.config_path)
+        layout = directories.locate(self.config_path)
         return layout is not None and discovery.coordinator(layout) is not None
 
     def probe_service_status(self) -> dict[str, Any]:
         """Return, from the disk, whether a coordinator is running, its pid, and how many tasks wait or are in hand."""
         try:
-            layout = discovery.locate(self.config_path)
+            layout = directories.locate(self.config_path)
             if layout is None:
                 return {"connected": False, "pid": None, "waiting": 0, "claimed": 0}
             said = discovery.coordinator(layout)
-            queue = taskqueue.TaskQueue(layout.queue, make=False)
+            queue = taskqueue.TaskQueue(layout.queue)
             return {
                 "connected": said is not None,
                 "pid": said.get("pid") if said is not None else None,
@@ -144,8 +145,8 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
             _LOGGER.warning("Perhaps no coordinator runs, and without one tasks wait on the disk: %s", error)
 
     def _has_died(self) -> bool:
-        layout = discovery.locate(self.config_path)
-        if layout is None or discovery.is_alive(layout.pipes / discovery.TASKS_INTAKE):
+        layout = directories.locate(self.config_path)
+        if layout is None or directories.is_read(layout.pipes / directories.TASKS_INTAKE):
             return False
         return (layout.registry / "coordinator.json").exists()
 
@@ -164,11 +165,14 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
                 import control
             else:
                 from . import control
-            layout = discovery.establish(self._profile.name, self.config_path)
-            # However many want to start one, one does, and the others wait until it serves.
-            with discovery.exclusive(layout.queue):
+            layout = directories.establish(self._profile.name, self.config_path)
+            # However many want to start one, one does, and the others find it running.
+            try:
                 if discovery.coordinator(layout) is None:
                     control.start(self._profile.name, self.config_path)
+            except discovery.CoordinatorError:
+                if discovery.coordinator(layout) is None:
+                    raise
         except Exception as error:
             # Without it everything still works but sharing out tasks, and they are safe on the disk.
             _LOGGER.warning("The coordinator could not be started, so tasks wait on the disk: %s", error)

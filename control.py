@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
-import fcntl
 import json
 import os
-import signal
+import select
 import subprocess
 import sys
 import time
@@ -26,13 +24,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or not __package__:
+    import directories
     import discovery
     import fifo
+    import files
     import taskqueue
 else:
-    from . import discovery, fifo, taskqueue
+    from . import directories, discovery, fifo, files, taskqueue
 
 _STATES = ("waiting", "claimed", "completed", "failed")
+
+_PATIENCE_SECONDS = 8.0
 
 Serve = Callable[[str, Path, int | None], None]
 """Serves in the foreground, as `coordinator.serve` does."""
@@ -47,9 +49,9 @@ def start(profile_name: str, config_path: str | os.PathLike[str]) -> int:
     read_end, write_end = os.pipe()
     # Run as a script even from inside a package: it needs nothing of the package, which may be large.
     script = Path(__file__).absolute().with_name("coordinator.py")
-    command = [sys.executable, str(script), "--profile", profile_name]
-    command += ["--config-path", os.path.abspath(config_path), "--ready-descriptor", str(write_end)]
-    with open(read_end) as answer:
+    command = [sys.executable, str(script), f"--profile={profile_name}"]
+    command += [f"--config-path={os.path.abspath(config_path)}", f"--ready-descriptor={write_end}"]
+    with open(read_end, errors="surrogateescape") as answer:
         process = subprocess.Popen(
             command,
             pass_fds=(write_end,),
@@ -61,9 +63,11 @@ def start(profile_name: str, config_path: str | os.PathLike[str]) -> int:
         )
         os.close(write_end)
         said = answer.read()
-    exit_status = process.wait()
+    process.wait()
     if not said.startswith("ready "):
-        raise discovery.CoordinatorError(said or f"the coordinator ended with status {exit_status} before it served")
+        raise discovery.CoordinatorError(
+            said or "the coordinator ended before it served: coordinator.log beside the queue may say why"
+        )
     return int(said.split()[1])
 
 
@@ -73,30 +77,31 @@ def stop(config_path: str | os.PathLike[str]) -> int | None:
     :return: its pid; `None` if none was running.
     :raises discovery.CoordinatorError: it may not be stopped by this user.
     """
-    path = Path(os.path.realpath(Path(config_path).expanduser())) / "coordinator" / "coordinator.lock"
-    if not path.exists():
+    layout = directories.locate(config_path)
+    pid = discovery.coordinator_pid(layout) if layout is not None else None
+    if layout is None or pid is None:
         return None
-    with open(path) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
-        except BlockingIOError:
-            pid = int(lock.read() or 0)
-        if not pid:
-            raise discovery.CoordinatorError("the coordinator is just starting: try again")
-        try:
-            os.kill(pid, signal.SIGTERM)
-        except ProcessLookupError:
-            pass
-        except PermissionError:
-            raise discovery.CoordinatorError(f"the coordinator (pid {pid}) belongs to another user") from None
-        fcntl.flock(lock, fcntl.LOCK_SH)  # The kernel grants it when the coordinator is gone.
-        return pid
+    intake = layout.pipes / directories.TASKS_INTAKE
+    # Not a signal to a pid, which may be a stranger's by now: whoever reads this pipe is the coordinator.
+    if not fifo.knock(intake, {"type": "stop"}):
+        raise discovery.CoordinatorError(
+            f"the coordinator (pid {pid}) does not read {intake}: it is just starting, or hangs. Try again, or end it."
+        )
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while discovery.coordinator_pid(layout) == pid:
+        if time.monotonic() > deadline:
+            raise discovery.CoordinatorError(
+                f"the coordinator (pid {pid}) has not ended within {_PATIENCE_SECONDS:.0f} s. If it was stopped, let "
+                f"it go on by 'kill -CONT {pid}'; otherwise end it by 'kill -KILL {pid}', which loses no task."
+            )
+        # It ends when it has sent what it has to send; no descriptor tells of the end of another's child.
+        select.select([], [], [], 0.02)
+    return pid
 
 
 def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read from the disk how things are; the answer is what ``status --json`` prints."""
-    layout = discovery.locate(config_path)
+    layout = directories.locate(config_path)
     said = discovery.coordinator(layout) if layout else None
     in_hand: collections.Counter[str] = collections.Counter()
     counts = dict.fromkeys(_STATES, 0)
@@ -124,7 +129,7 @@ def tasks(config_path: str | os.PathLike[str], state: str | None = None) -> list
     :param state: 'waiting', 'claimed', 'completed' or 'failed' (default: all).
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for key, queue in _existing_queues(discovery.locate(config_path)).items():
+    for key, queue in _existing_queues(directories.locate(config_path)).items():
         for place in _STATES:
             if state in (None, place):
                 rows.update(((key, row["id"]), row) for row in _rows(key, queue, place))
@@ -133,11 +138,11 @@ def tasks(config_path: str | os.PathLike[str], state: str | None = None) -> list
 
 def requeue(config_path: str | os.PathLike[str], task_id: str) -> bool:
     """Move a failed or completed task back to waiting; say whether there was one."""
-    layout = discovery.locate(config_path)
+    layout = directories.locate(config_path)
     for key, queue in _existing_queues(layout).items():
         name = queue.requeue(task_id)
         if name is not None and layout is not None:
-            fifo.knock(layout.pipes / discovery.TASKS_INTAKE, {"type": "task", "queue": key, "name": name})
+            fifo.knock(layout.pipes / directories.TASKS_INTAKE, {"type": "task", "queue": key, "name": name})
             return True
     return False
 
@@ -163,9 +168,9 @@ def configure(profile_name: str, *, autostart: bool = True) -> None:
 # What the answers are made of
 
 
-def _existing_queues(layout: discovery.Layout | None) -> dict[str, taskqueue.TaskQueue]:
-    directories = taskqueue.queue_directories(layout.queue) if layout and layout.queue.is_dir() else {}
-    return {key: taskqueue.TaskQueue(directory, make=False) for key, directory in directories.items()}
+def _existing_queues(layout: directories.Layout | None) -> dict[str, taskqueue.TaskQueue]:
+    found = layout.queues() if layout is not None else {}
+    return {key: taskqueue.TaskQueue(directory) for key, directory in found.items()}
 
 
 def _queue_name(key: str) -> str:
@@ -173,18 +178,21 @@ def _queue_name(key: str) -> str:
 
 
 def _recently_completed(queue: taskqueue.TaskQueue) -> int:
-    count = 0
-    for name in queue.names("completed"):
-        with contextlib.suppress(FileNotFoundError):
-            age = time.time() - queue.path(name, "completed").stat().st_mtime
-            count += age < taskqueue.COMPLETED_KEPT_SECONDS
-    return count
+    kept = taskqueue.COMPLETED_KEPT_SECONDS
+    limit = f"{time.time_ns() - int(kept * 1e9):020d}"
+    return sum(
+        1
+        for name in queue.names("completed")
+        if name >= limit or not files.is_older(queue.file(name, "completed"), kept)
+    )
 
 
 def _live_workers(
-    layout: discovery.Layout, in_hand: collections.Counter[str], dropped: dict[str, int]
+    layout: directories.Layout, in_hand: collections.Counter[str], dropped: dict[str, int]
 ) -> list[dict[str, Any]]:
-    routes = collections.Counter(discovery.route_target(route) for route in layout.pipes.glob("route_*"))
+    routes = collections.Counter(
+        discovery.route_target(layout.pipes / name) for name in files.listed(layout.pipes) if name.startswith("route_")
+    )
     return [
         {
             "worker_id": worker.worker_id,
@@ -193,11 +201,11 @@ def _live_workers(
             "queues": {_queue_name(key): prefetch for key, prefetch in worker.queues.items()},
             "rpc": routes[f"rpc_{worker.worker_id}"],
             "broadcast": worker.broadcast,
-            "in_hand": in_hand[worker.claim],
+            "in_hand": in_hand[worker.worker_id],
             "broadcasts_dropped": dropped.get(worker.worker_id, 0),
         }
         for worker in discovery.workers(layout)
-        if worker.is_alive(layout)
+        if discovery.is_alive(layout, worker.worker_id)
     ]
 
 
@@ -206,16 +214,16 @@ def _rows(key: str, queue: taskqueue.TaskQueue, state: str) -> Iterator[dict[str
     if state == "claimed":
         found = iter(queue.claimed())
     else:
-        found = ((None, name) for name in queue.names("" if state == "waiting" else state))
-    for claim, name in found:
-        task_id, _, deaths = name.partition(".")
+        found = ((None, name) for name in queue.names(taskqueue.PLACES[state]))
+    for worker_id, name in found:
+        task_id, deaths = taskqueue.split(name)
         yield {
             "id": task_id,
             "state": state,
             "queue": _queue_name(key),
-            "deaths": int(deaths or 0),
-            "worker": claim.rpartition(".")[0] if claim else None,
-            "reason": queue.reason(name) if state == "failed" else None,
+            "deaths": deaths,
+            "worker": worker_id,
+            "reason": queue.reason(name, "failed") if state == "failed" else None,
         }
 
 
@@ -228,17 +236,38 @@ def main(arguments: list[str] | None = None, serve: Serve | None = None) -> int:
     :param serve: what serves in the foreground (default: `coordinator.serve`).
     """
     options = _parser().parse_args(arguments)
-    config_path = Path(options.config_path or f"~/.aiida/profiles/{options.profile}").expanduser().absolute()
     try:
+        config_path = _config_path(options)
         if options.command is None or (options.command == "start" and options.foreground):
             (serve or _serve)(options.profile, config_path, options.ready_descriptor)
             return 0
-        return _obey(options, config_path)
+        status = _obey(options, config_path)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nor may Python complain of it when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (RuntimeError, OSError, ValueError) as error:
         print(f"coordinator.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _config_path(options: argparse.Namespace) -> Path:
+    """Return the profile's directory.
+
+    :raises ValueError: the name would lead elsewhere, or the directory is another profile's.
+    """
+    name = options.profile
+    if options.config_path is None and (name in ("", ".", "..") or "/" in name or "\0" in name):
+        raise ValueError(f"{name!r} is no name of a profile; name its directory by --config-path")
+    config_path = Path(options.config_path or f"~/.aiida/profiles/{name}").expanduser().absolute()
+    known = directories.read_profile(config_path)
+    if known not in (None, name) and options.command is not None:
+        raise ValueError(f"{config_path} belongs to the profile '{known}', not to '{name}'")
+    return config_path
 
 
 def _serve(profile_name: str, config_path: Path, ready: int | None) -> None:
@@ -262,7 +291,7 @@ def _obey(options: argparse.Namespace, config_path: Path) -> int:
         print(f"Restarted the coordinator, pid {start(options.profile, config_path)}.")
     elif options.command == "status":
         answer = status(config_path)
-        print(json.dumps(answer, indent=1) if options.json else _status_text(answer))
+        print(json.dumps(answer, indent=1) if options.json else _status_text(answer, config_path))
         return 0 if answer["running"] else 3
     elif options.command == "tasks":
         rows = tasks(config_path, options.state)
@@ -310,14 +339,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _status_text(answer: dict[str, Any]) -> str:
+def _status_text(answer: dict[str, Any], config_path: Path) -> str:
     state = (
         f"running, pid {answer['pid']}, since {_local_time(answer['since'])}" if answer["running"] else "not running"
     )
+    if answer["pipes"] is None:
+        return f"Coordinator: not running; no broker has run in {config_path} (is this the profile's directory?)"
     counts = answer["tasks"]
     lines = [
         f"Coordinator: {state}",
-        f"Pipes:       {answer['pipes'] or 'none yet'}",
+        f"Pipes:       {answer['pipes']}",
         f"Tasks:       {counts['waiting']} waiting, {counts['claimed']} claimed, "
         f"{counts['completed']} completed in the last 24 h, {counts['failed']} failed",
         f"Workers:     {len(answer['workers'])}",
@@ -341,4 +372,7 @@ def _row_text(row: dict[str, Any]) -> str:
 
 
 def _local_time(seconds: float | None) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "?"
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "?"
+    except (TypeError, ValueError, OverflowError, OSError):
+        return "?"  # Somebody has written it by hand.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import control
-import discovery
+import directories
 from pipebroker import PipeCommunicator
 
 PROFILE = f"demo{os.getpid()}"
@@ -132,7 +132,7 @@ if __name__ == "__main__":
     except Exception as error:
         say(f"FAILED: {type(error).__name__}: {error}")
     finally:
-        layout = discovery.locate(directory)
+        layout = directories.locate(directory)
         if layout is not None:
             shutil.rmtree(layout.pipes, ignore_errors=True)
         shutil.rmtree(directory, ignore_errors=True)

@@ -1,88 +1,234 @@
-"""Who is here, and where: directories, file names, registration, and the kernel's answer to "is it alive?".
+"""Who is here: the lock of a worker id, the registry, and RPC routes.
 
-Strategy: a name in a directory is a claim, and a FIFO's reader is its proof. A process is alive exactly while it holds
-the reading end of its reply pipe; ``open(O_WRONLY | O_NONBLOCK)`` says so with ``ENXIO`` (fifo(7)) and the answer
-cannot be stale, because the kernel closes the reading end at any death. Nothing here compares process ids or ages.
+Strategy: a name in a directory is a claim, and the kernel has the proof. A worker lives as long as somebody holds the
+lock of its id (flock(2)), and a communicator that only sends as long as somebody reads its reply pipe
+(``open(O_WRONLY | O_NONBLOCK)`` says so with ``ENXIO``, fifo(7)). Neither answer can be stale, because the kernel lets
+go of both at any death. Nothing here compares process ids or ages.
 
 Rules:
-- Nothing is used before it is looked at: the pipes directory lies in /tmp, which is public.
-- A file appears under its name only when it is whole: it is written under a dot-name and renamed.
-- Whoever removes what another process left does so in ``exclusive()``, and looks again inside it.
-- A name that comes from a user is quoted or refused, so no name ever leads to another directory.
+- Whoever holds the lock of a worker id owns everything under that id: pipes, routes, entry, and claimed tasks.
+- A lock that is not there proves nothing, and any error but ``EWOULDBLOCK`` neither.
+- What lies in the registry and is no entry is passed over, and never opened so that it could block.
 
-This module knows nothing of messages.
+This module knows nothing of messages or tasks.
 """
 
 from __future__ import annotations
 
-import os
-
-if not hasattr(os, "mkfifo"):
-    raise ImportError("The named pipe broker needs a platform with FIFOs, such as Linux or macOS.")
-
 import contextlib
 import errno
 import fcntl
-import functools
-import hashlib
 import json
-import re
-import stat
-import time
+import os
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any
 
-TASKS_INTAKE = "coordinator_tasks"
-BROADCAST_INTAKE = "coordinator_broadcast"
-KINDS = ("task", "rpc", "broadcast")
-
-_WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_CLAIM = re.compile(rf"{_WORKER_ID.pattern}\.[0-9a-f]{{32}}")
-_REPLY = re.compile(r"reply_\d+_[0-9a-f]{32}")
-_RPC = re.compile(rf"rpc_{_WORKER_ID.pattern}")
-_BODY = re.compile(r"body_([A-Za-z0-9._-]+)\.[0-9a-f]{32}")
-_QUOTED = re.compile(r"[A-Za-z0-9_~%=-][A-Za-z0-9_.~%=-]*")
-_OWNER = ".config"
-_LONGEST_NAME = 200
-_DRAFT_KEPT_SECONDS = 3600.0
-
-
-class DirectoryRefused(OSError):
-    """A directory is not safe to use, or cannot be used; the message says what to do about it."""
+if TYPE_CHECKING or not __package__:
+    import files
+    from directories import (
+        Layout,
+        is_quoted,
+        is_reply_pipe,
+        is_worker_id,
+        locate,
+        pipe_owner,
+    )
+else:
+    from . import files
+    from .directories import (
+        Layout,
+        is_quoted,
+        is_reply_pipe,
+        is_worker_id,
+        locate,
+        pipe_owner,
+    )
 
 
 class CoordinatorError(RuntimeError):
     """A coordinator could not be started or stopped; the message says why."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The three directories of one configuration. Made by `establish` and `locate`."""
+class Lock:
+    """A lock file (flock(2)) in the hands of this process."""
 
-    config_path: Path
-    pipes: Path
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self.descriptor = descriptor
 
-    @property
-    def registry(self) -> Path:
-        """Holds ``coordinator.json`` and ``worker_{id}.json``."""
-        return self.config_path / "pipes"
+    def is_in_place(self) -> bool:
+        """Say whether the lock still has its name."""
+        try:
+            ours, there = os.fstat(self.descriptor), os.lstat(self.path)
+        except OSError:
+            return False
+        return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
 
-    @property
-    def queue(self) -> Path:
-        """Holds the default task queue, ``queues/``, ``coordinator.lock`` and ``coordinator.log``."""
-        return self.config_path / "coordinator"
+    def release(self) -> None:
+        """Let go of the lock. A forked child's copy of the descriptor does not keep it."""
+        with contextlib.suppress(OSError):
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+        os.close(self.descriptor)
 
-    def route(self, identifier: str) -> Path:
-        """Return the path of the symlink that leads to the RPC pipe serving `identifier`."""
-        return self.pipes / f"route_{quoted(identifier)}"
 
-    def entry(self, worker_id: str) -> Path:
-        """Return the path of a worker's registry entry."""
-        return self.registry / f"worker_{worker_id}.json"
+def _open_lock(path: Path) -> int | None:
+    """Open a lock file and lock it; `None` if somebody has it.
+
+    :raises FileNotFoundError: there is none.
+    :raises OSError: the kernel did not say.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+
+
+@contextlib.contextmanager
+def _draft(path: Path, draft: Path, text: str) -> Iterator[Lock]:
+    """Make a lock file that has no name yet, and lock it, so that nobody ever meets it free.
+
+    Whoever gives it its name takes it out of the context by `Lock.path`; otherwise it is let go at its end.
+    """
+    descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    lock = Lock(path, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        files.write_all(descriptor, text.encode())
+        yield lock
+    finally:
+        files.remove(draft)
+        if not lock.is_in_place():
+            lock.release()
+
+
+class WorkerLock(Lock):
+    """The lock of a worker id. Whoever has it owns everything under the id."""
+
+    @classmethod
+    def take(cls, layout: Layout, worker_id: str, *, make: bool) -> Lock | None:
+        """Take the lock, without waiting.
+
+        :param make: make one where there is none; otherwise that proves nothing, and is an answer.
+        :return: the lock; `None` if somebody holds it, or there is none.
+        :raises OSError: the kernel did not say.
+        """
+        path = layout.lock(worker_id)
+        for _ in range(10):
+            try:
+                descriptor = _open_lock(path)
+            except (FileNotFoundError, NotADirectoryError):
+                if not make:
+                    return None
+                made = cls._make(path)
+                if made is not None:
+                    return made
+                continue
+            if descriptor is None:
+                return None
+            lock = cls(path, descriptor)
+            if lock.is_in_place():
+                return lock
+            lock.release()  # Whoever had it before has removed it since we opened it.
+        return None
+
+    @classmethod
+    def _make(cls, path: Path) -> Lock | None:
+        files.make_directories(path.parent)
+        draft = path.parent.with_name(f".{path.parent.name}.{uuid.uuid4().hex}")
+        with contextlib.suppress(FileExistsError, FileNotFoundError), _draft(path, draft, "") as lock:
+            os.link(draft, path)
+            return lock
+        return None
+
+
+class CoordinatorLock(Lock):
+    """The lock of a configuration's coordinator. It holds the pid of whoever made it, from before it had its name."""
+
+    @classmethod
+    def take(cls, layout: Layout) -> Lock:
+        """Take the lock.
+
+        :raises CoordinatorError: another coordinator runs.
+        :raises OSError: it cannot be made.
+        """
+        path = layout.queue / "coordinator.lock"
+        draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        with _draft(path, draft, str(os.getpid())) as lock:
+            for _ in range(100):
+                with contextlib.suppress(FileExistsError):
+                    os.link(draft, path)
+                    return lock
+                if cls._replace(path, draft):
+                    return lock
+                pid = coordinator_pid(layout)
+                if pid is not None:
+                    raise CoordinatorError(
+                        f"a coordinator for {layout.config_path} is running already, with pid {pid or '?'}"
+                    )
+        raise CoordinatorError(f"the lock {path} cannot be had: others come and go all the time")
+
+    @staticmethod
+    def _replace(path: Path, draft: Path) -> bool:
+        """Put our lock in the place of a dead one's, whose own lock we hold meanwhile."""
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = _open_lock(path)
+            if descriptor is not None:
+                dead = Lock(path, descriptor)
+                try:
+                    if dead.is_in_place():
+                        os.rename(draft, path)
+                        return True
+                finally:
+                    dead.release()
+        return False
+
+
+def coordinator_pid(layout: Layout) -> int | None:
+    """Return the pid of the running coordinator, 0 if it does not say; `None` if none is running.
+
+    The pid stands in the very file that is locked, so it is never another one's.
+    """
+    try:
+        descriptor = os.open(layout.queue / "coordinator.lock", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+            return None
+        raise
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except BlockingIOError:
+        text = os.read(descriptor, 20)
+        return int(text) if text.isdigit() else 0
+    finally:
+        os.close(descriptor)
+
+
+def is_alive(layout: Layout, worker_id: str) -> bool:
+    """Say whether somebody holds the lock of a worker id.
+
+    :raises OSError: the kernel did not say.
+    """
+    try:
+        descriptor = os.open(layout.lock(worker_id), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    try:
+        # Shared, so that two who only ask never take each other for the owner.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -94,30 +240,29 @@ class Worker:
     since: float
     """Seconds since the epoch."""
     reply: str
-    """The name of its reply pipe, which it holds open as long as it lives; no other life has the same."""
-    claim: str
-    """The name of its claim directories, ``{worker_id}.{nonce}``."""
+    """The name of its reply pipe, which no other life has."""
     queues: dict[str, int] = field(default_factory=dict)
     """The task queues it subscribes to, each with its prefetch (0: unlimited)."""
     rpc: bool = False
     broadcast: bool = False
+    listens_since: float = 0.0
+    """Since when it subscribes to broadcasts, in seconds since the epoch."""
 
     @classmethod
     def read(cls, path: Path) -> Worker:
-        """Read an entry.
+        """Read an entry; fields that are not known are passed over.
 
         :raises ValueError: it is not one.
         :raises OSError: it cannot be read.
         """
         try:
-            worker = cls(**json.loads(path.read_text()))
+            said = json.loads(files.read(path))
+            worker = cls(**{known.name: said[known.name] for known in fields(cls) if known.name in said})
             valid = (
-                _WORKER_ID.fullmatch(worker.worker_id) is not None
-                and _REPLY.fullmatch(worker.reply) is not None
-                and _CLAIM.fullmatch(worker.claim) is not None
-                and worker.claim.rpartition(".")[0] == worker.worker_id
+                is_worker_id(worker.worker_id)
+                and is_reply_pipe(worker.reply)
                 and isinstance(worker.pid, int)
-                and isinstance(worker.since, int | float)
+                and all(isinstance(at, int | float) and 0 <= at < 1e11 for at in (worker.since, worker.listens_since))
                 and all(key == "" or is_quoted(key) for key in worker.queues)
                 and all(isinstance(count, int) and count >= 0 for count in worker.queues.values())
             )
@@ -129,392 +274,79 @@ class Worker:
 
     def register(self, layout: Layout) -> None:
         """Write the entry."""
-        write_whole(layout.entry(self.worker_id), json.dumps(asdict(self), indent=1))
-
-    def is_alive(self, layout: Layout) -> bool:
-        """Say whether this very life still runs."""
-        return is_alive(layout.pipes / self.reply)
+        files.write_whole(layout.entry(self.worker_id), json.dumps(asdict(self), indent=1).encode())
 
 
-def establish(profile_name: str, config_path: str | os.PathLike[str]) -> Layout:
-    """Find the directories of a configuration, and make what is missing.
+def workers(layout: Layout) -> Iterator[Worker]:
+    """Yield the registered workers, dead ones included; files that are not entries are passed over."""
+    for name in sorted(files.listed(layout.registry)):
+        if name.startswith("worker_") and name.endswith(".json"):
+            with contextlib.suppress(ValueError, OSError):
+                yield Worker.read(layout.registry / name)
 
-    The pipes directory is ``/tmp/aiida_{profile}_pipes`` unless another configuration has it, and then the same with a
-    digest in its name. The choice is kept in ``{config_path}/pipes/directory``, so every process comes to the same one,
-    whatever happens to the other's directory.
 
-    :param profile_name: any name; what cannot stand in a file name is percent-encoded.
-    :param config_path: the profile's configuration directory.
-    :raises ValueError: the profile name is empty, or too long for a file name.
-    :raises DirectoryRefused: a directory cannot be made, or is not safe to use.
+def coordinator(layout: Layout) -> dict[str, Any] | None:
+    """Return what the running coordinator says of itself (``coordinator.json``); `None` if none is running.
+
+    :raises OSError: the kernel did not say.
     """
-    if not profile_name or len(quote(profile_name, safe="")) > _LONGEST_NAME:
-        raise ValueError(f"a profile name has 1 to {_LONGEST_NAME} characters, not {len(profile_name)}")
-    config = Path(os.path.realpath(Path(config_path).expanduser()))
-    try:
-        for directory in (config / "pipes", config / "coordinator"):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        recorded = _recorded(config)
-        if recorded is not None and _belongs(recorded, config):
-            return Layout(config, recorded)
-        with exclusive(config / "pipes"):
-            return Layout(config, _choose(profile_name, config))
-    except DirectoryRefused:
-        raise
-    except OSError as error:
-        raise DirectoryRefused(
-            f"the directory {config} cannot be used: {error.strerror} ({error.filename or config}). "
-            "Make it writable for this user, or name another configuration directory."
-        ) from error
-
-
-def remake(layout: Layout) -> None:
-    """Make the directories again, should somebody have removed them.
-
-    :raises OSError: they cannot be made.
-    :raises DirectoryRefused: another configuration has taken the pipes directory.
-    """
-    if _recorded(layout.config_path) == layout.pipes and _belongs(layout.pipes, layout.config_path):
-        return
-    layout.registry.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with exclusive(layout.registry):
-        layout.pipes.mkdir(mode=0o700, exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            os.symlink(layout.config_path, layout.pipes / _OWNER)
-        if not _belongs(layout.pipes, layout.config_path):
-            raise DirectoryRefused(f"{layout.pipes} belongs to another configuration now: restart this process.")
-        replace_symlink(layout.pipes, layout.registry / "directory")
-
-
-def locate(config_path: str | os.PathLike[str]) -> Layout | None:
-    """Find the directories of a configuration without making any; `None` where no broker has ever run."""
-    config = Path(os.path.realpath(Path(config_path).expanduser()))
-    recorded = _recorded(config)
-    return None if recorded is None else Layout(config, recorded)
-
-
-def _recorded(config: Path) -> Path | None:
-    try:
-        return Path(os.readlink(config / "pipes" / "directory"))
-    except OSError:
+    pid = coordinator_pid(layout)
+    if pid is None:
         return None
+    with contextlib.suppress(OSError, ValueError):
+        said = json.loads(files.read(layout.registry / "coordinator.json"))
+        if isinstance(said, dict) and said.get("pid") == pid:
+            return said
+    return {"pid": pid}
 
 
-def _choose(profile_name: str, config: Path) -> Path:
-    digest = hashlib.sha256(f"{os.geteuid()}:{config}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    plain = Path(f"/tmp/aiida_{quote(profile_name, safe='')}_pipes")
-    own = Path(f"{plain}_{digest}")
-    recorded = _recorded(config)
-    candidates = [plain, own] if not _belongs(own, config) else [own]
-    if recorded in candidates:
-        candidates.insert(0, recorded)
-    for pipes in candidates:
-        with contextlib.suppress(FileExistsError):
-            pipes.mkdir(mode=0o700)
-        if os.lstat(pipes).st_uid == os.geteuid():
-            _refuse_unsafe(pipes)
-            with contextlib.suppress(FileExistsError):
-                os.symlink(config, pipes / _OWNER)
-        if _belongs(pipes, config):
-            if recorded != pipes:
-                replace_symlink(pipes, config / "pipes" / "directory")
-            return pipes
-    raise DirectoryRefused(f"{own} belongs to somebody else: remove it, or ask the administrator to.")
+# Routes
 
 
-def _belongs(pipes: Path, config: Path) -> bool:
-    """Say whether a directory is this configuration's; refuse one that is, but that others could tamper with."""
-    try:
-        if os.lstat(pipes).st_uid != os.geteuid():
-            return False
-        _refuse_unsafe(pipes)
-        return os.readlink(pipes / _OWNER) == str(config)
-    except FileNotFoundError:
-        return False
+def claim_route(layout: Layout, identifier: str, worker_id: str) -> str | None:
+    """Lead an RPC identifier to a worker's pipe (symlink(2): EEXIST), unless it is led there already.
 
-
-def _refuse_unsafe(pipes: Path) -> None:
-    mode = os.lstat(pipes).st_mode
-    if not stat.S_ISDIR(mode):
-        raise DirectoryRefused(f"{pipes} is not a directory: remove it.")
-    if mode & 0o077:
-        raise DirectoryRefused(f"{pipes} is open to other users: run 'chmod 700 {pipes}'.")
-
-
-@functools.lru_cache(maxsize=1024)
-def quoted(name: str) -> str:
-    """Turn any text into something that can stand in a file name, different for different text.
-
-    :raises ValueError: the text is empty, or has no UTF-8 form (a lone surrogate).
+    :return: `None`; or the id of the worker that has it.
     """
-    if not name:
-        raise ValueError("a name must have at least one character")
-    text = quote(name, safe="")
-    if text.startswith("."):
-        text = "%2E" + text[1:]
-    # '=' is never left unquoted, so a digest is never the quoted form of another name.
-    return text if len(text) <= _LONGEST_NAME else "=" + hashlib.sha256(name.encode()).hexdigest()
-
-
-def check_worker_id(worker_id: str) -> str:
-    """Return the worker id.
-
-    :raises ValueError: it cannot be one.
-    """
-    if not isinstance(worker_id, str) or not _WORKER_ID.fullmatch(worker_id):
-        raise ValueError(
-            f"{worker_id!r} cannot be a worker id: use 1 to 100 letters, digits, '.', '_' or '-', the first of them a "
-            "letter or digit"
-        )
-    return worker_id
-
-
-def is_quoted(name: object) -> bool:
-    """Say whether a name that came in a message could have come from `quoted`."""
-    return isinstance(name, str) and len(name) <= _LONGEST_NAME and _QUOTED.fullmatch(name) is not None
-
-
-def is_reply_pipe(name: object) -> bool:
-    """Say whether a name that came in a message is that of a reply pipe."""
-    return isinstance(name, str) and _REPLY.fullmatch(name) is not None
-
-
-def body_receiver(name: object) -> str | None:
-    """Return the pipe a large body is for, by the body's name; `None` if it is no such name."""
-    match = _BODY.fullmatch(name) if isinstance(name, str) else None
-    return match and match[1]
-
-
-def reply_pipe() -> str:
-    """Return a new name for a reply pipe."""
-    return f"reply_{os.getpid()}_{uuid.uuid4().hex}"
-
-
-def body_name(receiver: str) -> str:
-    """Return a new name for a body too large for a frame: it carries its receiver, whose death makes it an orphan."""
-    return f"body_{receiver}.{uuid.uuid4().hex}"
-
-
-def is_alive(fifo: Path) -> bool:
-    """Say whether somebody reads a FIFO.
-
-    :raises OSError: the kernel did not say (no free descriptors, say): that is no proof of death.
-    """
-    try:
-        if not stat.S_ISFIFO(os.lstat(fifo).st_mode):
-            return False
-        os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW))
-        return True
-    except OSError as error:
-        if error.errno in (errno.ENXIO, errno.ENOENT, errno.ENOTDIR):
-            return False
-        raise
-
-
-@contextlib.contextmanager
-def exclusive(directory: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the directory's lock (flock(2)) against every other process; for what happens once in a process's life.
-
-    :raises BlockingIOError: somebody has it, and `wait` is false.
-    """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that nobody ever meets half of it."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        draft.write_text(text)
-        draft.rename(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-
-
-def replace_symlink(target: Path | str, link: Path) -> None:
-    """Make a symlink, in one step even where there is one already."""
-    draft = link.with_name(f".{link.name}.{uuid.uuid4().hex}")
-    os.symlink(target, draft)
-    draft.rename(link)
-
-
-def claim_route(layout: Layout, identifier: str, worker_id: str) -> bool:
-    """Lead an RPC identifier to a worker's pipe; say whether that worked, or a live one has it (symlink(2): EEXIST)."""
     route, pipe = layout.route(identifier), f"rpc_{worker_id}"
-    with contextlib.suppress(FileExistsError):
-        os.symlink(pipe, route)
-        return True
-    with exclusive(layout.registry), contextlib.suppress(FileExistsError):
-        if _route_is_dead(route):
-            route.unlink(missing_ok=True)
-        os.symlink(pipe, route)
-        return True
-    return False
+    for _ in range(10):
+        with contextlib.suppress(FileExistsError):
+            os.symlink(pipe, route)
+            return None
+        target = route_target(route)
+        if target is not None:
+            return target.removeprefix("rpc_") if target != pipe else None
+        if os.path.lexists(route):
+            route.unlink()  # It leads to no pipe of ours, so nobody can have made it who may.
+    return ""
 
 
-def route_target(route: Path) -> str | None:
+def route_target(route: Path | str) -> str | None:
     """Return the name of the RPC pipe a route leads to; `None` if there is no such route."""
     try:
         target = os.readlink(route)
     except OSError:
         return None
-    return target if _RPC.fullmatch(target) else None
+    return target if target.startswith("rpc_") and pipe_owner(target) else None
 
 
 def release_route(layout: Layout, identifier: str, worker_id: str) -> None:
     """Take an RPC identifier back, if it is still this worker's."""
     route = layout.route(identifier)
     if route_target(route) == f"rpc_{worker_id}":
-        route.unlink(missing_ok=True)
-
-
-def workers(layout: Layout) -> list[Worker]:
-    """Return the registered workers, dead ones included; files that are not entries are passed over."""
-    found = []
-    for path in sorted(layout.registry.glob("worker_*.json")):
-        with contextlib.suppress(ValueError, OSError):
-            found.append(Worker.read(path))
-    return found
-
-
-def coordinator(layout: Layout) -> dict[str, Any] | None:
-    """Return what the running coordinator says of itself (``coordinator.json``); `None` if none is running."""
-    if not is_alive(layout.pipes / TASKS_INTAKE):
-        return None
-    with contextlib.suppress(OSError, ValueError):
-        said = json.loads((layout.registry / "coordinator.json").read_text())
-        if isinstance(said, dict):
-            return said
-    return {}
-
-
-def remove_dead(layout: Layout, worker_id: str) -> bool:
-    """Remove what the last life of a worker id left: its entry, pipes, routes and bodies. Not its tasks.
-
-    :return: whether there was no live one, so that the id is free.
-    :raises BlockingIOError: somebody registers just now; a process that was stopped while it did must not hold us up.
-    """
-    with exclusive(layout.registry, wait=False):
-        return remove_dead_locked(layout, worker_id)
-
-
-def remove_dead_locked(layout: Layout, worker_id: str) -> bool:
-    """Do what `remove_dead` does, for a caller inside ``exclusive(layout.registry)``."""
-    entry = layout.entry(worker_id)
-    with contextlib.suppress(ValueError, OSError):
-        worker = Worker.read(entry)
-        if worker.is_alive(layout):
-            return False
-        (layout.pipes / worker.reply).unlink(missing_ok=True)
-    pipes = [f"{kind}_{worker_id}" for kind in KINDS]
-    if any(is_alive(layout.pipes / pipe) for pipe in pipes):
-        return False
-    for name in _listed(layout.pipes):
-        path = layout.pipes / name
-        if name in pipes or body_receiver(name) in pipes or route_target(path) in pipes:
-            path.unlink(missing_ok=True)
-    entry.unlink(missing_ok=True)
-    return True
-
-
-def is_registered(layout: Layout, worker: Worker) -> bool:
-    """Say whether this very life still has its entry."""
-    try:
-        return Worker.read(layout.entry(worker.worker_id)).claim == worker.claim
-    except (OSError, ValueError):
-        return False
-
-
-def claim_is_dead(layout: Layout, claim: str) -> bool:
-    """Say whether no pipe of the life that made this claim directory is read any more."""
-    worker_id = claim.rpartition(".")[0]
-    try:
-        worker = Worker.read(layout.entry(worker_id))
-    except (OSError, ValueError):
-        return True
-    return worker.claim != claim or not any(
-        is_alive(layout.pipes / name) for name in (worker.reply, *(f"{kind}_{worker_id}" for kind in KINDS))
-    )
-
-
-def sweep(layout: Layout, broadcasts_kept: float) -> Iterator[str]:
-    """Remove what the dead left in the pipes directory, and touch what the living use.
-
-    A generator, so that it can be run in slices: it yields after each file the name of what it removed, or ''.
-
-    :param broadcasts_kept: seconds for which a sender keeps a broadcast; a body for the coordinator, whose pipe
-        outlives it, is an orphan when it is older than twice that.
-    """
-    for name in _listed(layout.pipes):
-        path = layout.pipes / name
-        yield name if _swept(layout, path, broadcasts_kept) else ""
-
-
-def _swept(layout: Layout, path: Path, broadcasts_kept: float) -> bool:
-    try:
-        if not _is_orphan(path, broadcasts_kept):
-            return False
-        with exclusive(layout.registry, wait=False):
-            if _is_orphan(path, broadcasts_kept):
-                path.unlink()
-                return True
-    except OSError:
-        pass  # Gone meanwhile, or the kernel did not say: the next time will tell.
-    return False
-
-
-def _is_orphan(path: Path, broadcasts_kept: float) -> bool:
-    """Say whether nobody can use a file in the pipes directory any more; touch it if somebody does."""
-    status, receiver = os.lstat(path), body_receiver(path.name)
-    age = time.time() - status.st_mtime
-    if receiver == BROADCAST_INTAKE:
-        return age > 2 * broadcasts_kept
-    if receiver is not None:
-        orphan = not is_alive(path.with_name(receiver))
-    elif stat.S_ISFIFO(status.st_mode):
-        orphan = not is_alive(path)
-        if orphan and path.name.startswith("."):
-            return age > _DRAFT_KEPT_SECONDS  # Somebody may be about to open and rename it.
-    else:
-        orphan = path.name.startswith("route_") and _route_is_dead(path)
-    if not orphan:
-        os.utime(path, follow_symlinks=False)
-    return orphan
-
-
-def _route_is_dead(route: Path) -> bool:
-    target = route_target(route)
-    return target is None or not is_alive(route.with_name(target))
+        files.remove(route)
 
 
 def cleanup_dead_processes(config_path: str | os.PathLike[str]) -> int:
-    """Remove the registry entries, pipes and routes that dead processes left; their tasks stay where they are.
+    """Remove what dead processes left: pipes, routes and registry entries; their tasks wait again.
 
     :param config_path: the profile's configuration directory.
     :return: how many dead processes were found.
     """
+    # Burial knows this module, not the other way round; but this is where the specification has the function.
+    if TYPE_CHECKING or not __package__:
+        import burial
+    else:
+        from . import burial
     layout = locate(config_path)
-    if layout is None:
-        return 0
-    count = 0
-    for worker in workers(layout):
-        if not worker.is_alive(layout):
-            with contextlib.suppress(BlockingIOError):
-                count += remove_dead(layout, worker.worker_id)
-    said = layout.registry / "coordinator.json"
-    if said.exists() and coordinator(layout) is None:
-        said.unlink(missing_ok=True)
-        count += 1
-    return count
-
-
-def _listed(directory: Path) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except FileNotFoundError:
-        return []
+    return burial.clean_up(layout) if layout is not None else 0

@@ -3,16 +3,20 @@
 Strategy: as in a maildir, a state is a directory and a change of state is one rename(2), which succeeds for exactly one
 caller. So any process may die at any instant, and the next one reads from the disk what is to be done.
 
-    task_{id}.json                               waiting
-    claimed/{worker_id}.{nonce}/task_{id}.json   being worked on
-    claimed/{worker_id}.{nonce}/lock             held with flock(2) by that worker as long as it lives
-    completed/task_{id}.json                     done
-    failed/task_{id}.json                        given up on; task_{id}.reason says why
+    task_{id}.json                       waiting
+    claimed/{worker_id}/task_{id}.json   being worked on
+    completed/task_{id}.json             done
+    failed/task_{id}.json                given up on
+    completed/ or failed/task_{id}.reason   why: what the subscriber raised, or what was wrong with the task
 
 Rules:
 - A task appears under its name only when it is whole, and is on the disk itself before `TaskQueue.put` returns.
-- Whoever gets the lock of a claim directory may give its tasks back, and nobody else. A worker that dies while it holds
-  a task leaves it with one more death in its name: ``task_{id}.{deaths}.json``.
+- Only whoever holds the lock of a worker id touches what lies in its claim directories (``discovery.py``). A worker
+  that dies while it holds a task leaves it to be given back with one more death in its name:
+  ``task_{id}.{deaths}.json``.
+- A task leaves a worker's hands in one place, `Claims.settle`: first its outcome is on its way, then it is moved.
+- A directory that somebody has removed is made again where it is needed. As long as a task's file is claimed, it is not
+  forgotten: a move that failed is tried again at the next look.
 - ``id`` sorts by time of submission, and strictly within one process, even if the clock steps back.
 
 The name of a task is its id with its deaths: what stands between ``task_`` and ``.json``. This module knows neither
@@ -22,35 +26,46 @@ pipes nor processes.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
-import itertools
+import heapq
 import json
 import os
 import re
-import stat
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING or not __package__:
+    import files
+else:
+    from . import files
 
 MAX_DEATHS = 20
 COMPLETED_KEPT_SECONDS = 24 * 3600.0
 COMPLETED_KEPT = 10_000
-_DRAFT_KEPT_SECONDS = 3600.0
+PLACES = {"waiting": "", "claimed": "claimed", "completed": "completed", "failed": "failed"}
+"""The words for the states, everywhere, and the directory of each."""
 _FILE = re.compile(r"task_(([0-9A-Za-z_-]{1,80})(?:\.([0-9]{1,4}))?)\.json")
 
-_clock_lock = threading.Lock()
+_clock = threading.RLock()
 _last_time = 0
+
+
+def _renew_clock() -> None:
+    global _clock
+    _clock = threading.RLock()  # Another thread of the parent may have had it.
+
+
+os.register_at_fork(after_in_child=_renew_clock)
 
 
 def new_id() -> str:
     """Return a new task id, which sorts after every earlier one of this process."""
     global _last_time
-    with _clock_lock:
+    with _clock:
         _last_time = max(time.time_ns(), _last_time + 1)
         return f"{_last_time:020d}-{uuid.uuid4().hex[:8]}"
 
@@ -59,15 +74,13 @@ class Unreadable(ValueError):
     """A task file does not hold a task."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Task:
-    """A task as it was sent."""
+    """A task as it was sent. Each time that it is taken, it is another one of these."""
 
     name: str
-    body: Any
-    no_reply: bool
-    reply_to: str | None
-    correlation_id: str | None
+    message: dict[str, Any]
+    """Its document: ``body``, ``no_reply``, ``reply_to`` and ``correlation_id``."""
 
     @classmethod
     def read(cls, path: Path | str, name: str) -> Task:
@@ -77,38 +90,53 @@ class Task:
         :raises OSError: it could not be read now; it may be readable later.
         """
         try:
-            document = json.loads(_read(path))
-            return cls(
-                name,
-                document["body"],
-                bool(document.get("no_reply")),
-                document.get("reply_to"),
-                document.get("correlation_id"),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            message = json.loads(files.read(path))
+            if "body" not in message:
+                raise KeyError("body")
+            return cls(name, {**message})
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise Unreadable(f"it is not a task: {type(error).__name__}: {error}") from error
+
+    @property
+    def no_reply(self) -> bool:
+        """Whether its sender wants no outcome."""
+        return bool(self.message.get("no_reply"))
+
+    @property
+    def reply_to(self) -> Any:
+        """The name of its sender's reply pipe; unchecked."""
+        return self.message.get("reply_to")
+
+    @property
+    def correlation_id(self) -> Any:
+        """What its sender knows it by."""
+        return self.message.get("correlation_id")
 
 
 class TaskQueue:
-    """One queue: a directory with the states of its tasks."""
+    """One queue: a directory with the states of its tasks. It has no state but the disk's."""
 
-    def __init__(self, directory: Path, *, fsync: bool = True, make: bool = True) -> None:
+    def __init__(self, directory: Path, *, fsync: bool = True) -> None:
         """
-        :param make: whether to make the directories that are missing; who only reads does not.
         :param fsync: whether `put` waits until the task would survive a loss of power.
         """
         self.directory = directory
         self._root = str(directory)
         self._fsync = fsync
-        if make:
-            self._make()
 
-    def path(self, name: str, state: str = "") -> Path:
-        """Return where a task is kept in a state: '' (waiting), 'completed', 'failed' or 'claimed/…'."""
-        return Path(self.file(name, state))
+    def make(self) -> None:
+        """Make the directories that are missing.
+
+        :raises OSError: they cannot be made.
+        """
+        for state in ("claimed", "completed", "failed"):
+            files.make_directories(self.directory / state)
 
     def file(self, name: str, state: str = "") -> str:
-        """Return the same as `path`; making a `Path` takes as long as the system call that it is for."""
+        """Return where a task is kept in a state: '' (waiting), 'completed', 'failed' or 'claimed/…'.
+
+        Not a `Path`, since making one takes as long as the system call that it is for.
+        """
         return os.path.join(self._root, state, f"task_{name}.json")
 
     def put(self, task_id: str, text: str, announce: Callable[[], None]) -> None:
@@ -117,61 +145,102 @@ class TaskQueue:
         :param text: its JSON document, with ``body``, ``no_reply``, ``reply_to`` and ``correlation_id``.
         :param announce: called once a worker may claim the task, while the disk still writes. Until `put` returns, a
             loss of power may leave the task, half of it or nothing; a worker finds it whole.
-        :raises OSError: it could not be written, and nothing is left of it.
+        :raises OSError: it could not be written, and will not run. Once somebody has claimed it, it does run, and
+            nothing is raised.
         """
         path, draft = self.file(task_id), f"{self._root}/.{task_id}"
         try:
             descriptor = self._create(draft)
-            with open(descriptor, "wb", buffering=0) as file:
-                data = memoryview(text.encode())
-                while data:
-                    data = data[file.write(data) :]
+            try:
+                files.write_all(descriptor, text.encode())
                 os.rename(draft, path)
                 announce()
                 if self._fsync:
-                    os.fsync(descriptor)
-                    _fsync_directory(self.directory)
-        except OSError:
-            for left in (draft, path):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(left)
-            raise
+                    files.sync(descriptor)
+                    files.sync_directory(self._root)
+            finally:
+                os.close(descriptor)
+        except BaseException as error:
+            files.remove(draft)
+            if files.remove(path) or not isinstance(error, OSError) or not self._is_known(task_id):
+                raise
 
     def _create(self, path: str) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         try:
             return os.open(path, flags, 0o600)
         except FileNotFoundError:
-            self._make()  # Somebody has removed the directory.
+            self.make()  # Somebody has removed the directory.
             return os.open(path, flags, 0o600)
 
-    def _make(self) -> None:
-        for state in ("claimed", "completed", "failed"):
-            (self.directory / state).mkdir(mode=0o700, parents=True, exist_ok=True)
+    def _is_known(self, task_id: str) -> bool:
+        """Say whether a task is somewhere after all: claimed, done, given back or given up on."""
+        names = (name for place in PLACES.values() if place != "claimed" for name in self.names(place))
+        return any(split(name)[0] == task_id for name in (*(name for _, name in self.claimed()), *names))
 
     def names(self, state: str = "") -> Iterator[str]:
         """Yield the names of the tasks in a state, in no order, as the disk gives them."""
-        with contextlib.suppress(FileNotFoundError), os.scandir(self.directory / state) as entries:
-            for entry in entries:
-                match = _FILE.fullmatch(entry.name)
-                if match:
-                    yield match[1]
+        for name in files.listed(f"{self._root}/{state}"):
+            match = _FILE.fullmatch(name)
+            if match:
+                yield match[1]
+
+    def claims(self) -> Iterator[str]:
+        """Yield the worker ids that have a claim directory."""
+        return files.listed(f"{self._root}/claimed")
 
     def claimed(self) -> Iterator[tuple[str, str]]:
-        """Yield the claimed tasks: the name of the claim directory, and the task's."""
-        for claim in _listed(self.directory / "claimed"):
-            for name in self.names(f"claimed/{claim}"):
-                yield claim, name
+        """Yield the claimed tasks: the worker id, and the task's name."""
+        for worker_id in self.claims():
+            for name in self.names(f"claimed/{worker_id}"):
+                yield worker_id, name
 
     def is_waiting(self, name: str) -> bool:
         """Say whether a task waits under this name."""
         return os.path.lexists(self.file(name))
 
-    def reason(self, name: str) -> str:
-        """Return why a task failed; '' if that is not known."""
-        with contextlib.suppress(OSError):
-            return self.path(name, "failed").with_suffix(".reason").read_text()
+    def move(self, name: str, source: str, target: str, new: str | None = None) -> bool:
+        """Move a task from one state to another.
+
+        :param new: its new name, if it gets one.
+        :return: whether it was there.
+        :raises OSError: it could not be moved, and is where it was.
+        """
+        here, there = self.file(name, source), self.file(new or name, target)
+        try:
+            os.rename(here, there)
+        except OSError:
+            # Either it is gone, or the directory that it goes to.
+            if not os.path.lexists(here):
+                return False
+            files.make_directories(Path(there).parent)
+            os.rename(here, there)
+        return True
+
+    def reason(self, name: str, state: str) -> str:
+        """Return why a task is where it is; '' if that is not known."""
+        with contextlib.suppress(OSError, files.NotAFile):
+            return files.read(self._reason(name, state)).decode(errors="replace")
         return ""
+
+    def note(self, name: str, state: str, reason: str) -> None:
+        """Write down why a task is going to a state, as far as the disk has room."""
+        path = self._reason(name, state)
+        with contextlib.suppress(OSError):
+            files.make_directories(path.parent)
+            files.write_whole(path, reason.encode(errors="replace"))
+
+    def _reason(self, name: str, state: str) -> Path:
+        return Path(self._root, state, f"task_{name}.reason")
+
+    def fail(self, name: str, source: str, reason: str) -> bool:
+        """Give a task up.
+
+        :return: whether it was there.
+        :raises OSError: it could not be moved, and is where it was.
+        """
+        self.note(name, "failed", reason)
+        return self.move(name, source, "failed")
 
     def requeue(self, task_id: str) -> str | None:
         """Move a failed or completed task back to waiting, its deaths forgotten.
@@ -180,109 +249,62 @@ class TaskQueue:
         """
         for state in ("failed", "completed"):
             for name in self.names(state):
-                if task_id in (name, _split(name)[0]):
-                    new = _split(name)[0]
-                    self.path(name, state).rename(self.path(new))
-                    self.path(name, state).with_suffix(".reason").unlink(missing_ok=True)
+                new = split(name)[0]
+                if task_id in (name, new) and self.move(name, state, "", new):
+                    files.remove(self._reason(name, state))
                     return new
         return None
 
-    def fail(self, path: Path, reason: str) -> None:
-        """Move a task file to ``failed/``, with the reason beside it."""
-        target = self.directory / "failed" / path.name
-        with contextlib.suppress(OSError):
-            target.with_suffix(".reason").write_text(reason)
-        path.rename(target)
+    def sweep(self) -> Iterator[bool]:
+        """Remove old completed tasks and what writers left half-written, in steps.
 
-    def recover(self, is_dead: Callable[[str], bool], dying: str | None = None) -> Iterator[tuple[str, Task | None]]:
-        """Give back the tasks of dead workers.
-
-        :param is_dead: whether the pipes of the life that made a claim directory are closed too. A dying process loses
-            its lock and its pipes one by one; a task that came back in between would find its RPC identifier taken.
-        :param dying: the id of a worker whose pipes are closed: wait until its locks are free as well.
-        Yields for each its new name and `None`; or, if too many workers died of it, its name and the task that failed.
+        Yields after each file whether it was removed.
         """
-        for claim in _listed(self.directory / "claimed"):
-            directory = self.directory / "claimed" / claim
-            try:
-                if not is_dead(claim):
-                    continue
-                lock = os.open(directory / "lock", os.O_RDWR)
-            except FileNotFoundError:
-                # Whoever removed the directory was killed after the lock, which goes last.
-                with contextlib.suppress(OSError):
-                    directory.rmdir()
-                continue
-            except OSError:
-                continue
-            try:
-                wait = claim.rpartition(".")[0] == dying
-                fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                for name in sorted(self.names(f"claimed/{claim}")):
-                    recovered = self._give_back_counted(directory, name)
-                    if recovered:
-                        yield recovered
-                _remove_claim(directory)
-            except OSError:
-                continue
-            finally:
-                os.close(lock)
+        yield from files.sweep_drafts(self.directory)
+        yield from files.sweep_drafts(self.directory / "claimed")
+        limit = f"{time.time_ns() - int(COMPLETED_KEPT_SECONDS * 1e9):020d}"
+        count, old = 0, []
+        for name in self.names("completed"):
+            count += 1
+            # What was sent less than a day ago was not done longer ago: no need to ask for its time.
+            if name < limit and files.is_older(self.file(name, "completed"), COMPLETED_KEPT_SECONDS):
+                old.append(name)
+            yield False
+        if count - len(old) > COMPLETED_KEPT:
+            old = heapq.nsmallest(count - COMPLETED_KEPT, self.names("completed"))
+        for name in old:
+            files.remove(self._reason(name, "completed"))
+            yield files.remove(self.file(name, "completed"))
+        for state in ("completed", "failed"):
+            for found in files.listed(f"{self._root}/{state}"):
+                if found.endswith(".reason"):
+                    yield self._sweep_reason(found, state)
 
-    def _give_back_counted(self, directory: Path, name: str) -> tuple[str, Task | None] | None:
-        path = directory / f"task_{name}.json"
-        task_id, deaths = _split(name)
-        if deaths + 1 < MAX_DEATHS:
-            new = f"{task_id}.{deaths + 1}"
-            path.rename(self.path(new))
-            return new, None
-        try:
-            task = Task.read(path, name)
-        except Unreadable:
-            task = None
-        self.fail(path, f"{MAX_DEATHS} workers died while they held it")
-        return (name, task) if task else None
-
-    def sweep(self) -> Iterator[int]:
-        """Remove old completed tasks and what writers left half-written.
-
-        A generator, so that it can be run in slices: it yields after each file the number that it removed, 0 or 1.
-        """
-        now = time.time()
-        for place, mine in ((self.directory, "."), (self.directory / "claimed", ".")):
-            for entry in list(itertools.islice(os.scandir(place), 1_000_000)):
-                if entry.name.startswith(mine):
-                    yield _remove_older(place / entry.name, now - _DRAFT_KEPT_SECONDS)
-        names = sorted(self.names("completed"))
-        for index, name in enumerate(names):
-            excess = index < len(names) - COMPLETED_KEPT
-            yield _remove_older(self.path(name, "completed"), now if excess else now - COMPLETED_KEPT_SECONDS)
+    def _sweep_reason(self, found: str, state: str) -> bool:
+        # It comes before its task, so a young one may be about to get it.
+        path = os.path.join(self._root, state, found)
+        task = f"{path.removesuffix('.reason')}.json"
+        return not os.path.lexists(task) and files.is_older(path, 60.0) and files.remove(path)
 
 
 class Claims:
-    """The tasks that one life of a worker holds in one queue. Safe in any thread."""
+    """The tasks that one life of a worker holds in one queue.
 
-    def __init__(self, queue: TaskQueue, claim: str) -> None:
-        """Make the claim directory, which appears with its lock held.
+    `_mutex` guards it; it is reentrant, as a signal handler or a finalizer may settle a task.
+    """
 
-        :param claim: its name, ``{worker_id}.{nonce}``.
-        """
+    def __init__(self, queue: TaskQueue, worker_id: str) -> None:
         self.queue = queue
-        self.claim = claim
-        self.directory = queue.directory / "claimed" / claim
-        self._held: set[str] = set()
+        self._state = f"claimed/{worker_id}"
+        self._directory = queue.directory / self._state
+        self._held: dict[str, Task] = {}
+        self._unmoved: dict[str, str] = {}
+        """What could not be moved when it left our hands, and where to."""
         self._mutex = threading.RLock()
         self._closed = False
-        self._state = f"claimed/{claim}"
-        draft = self.directory.with_name(f".{claim}")
-        draft.mkdir(mode=0o700)
-        with contextlib.ExitStack() as undo:
-            undo.callback(draft.rmdir)
-            undo.callback((draft / "lock").unlink, missing_ok=True)
-            self.descriptor = os.open(draft / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-            undo.callback(os.close, self.descriptor)
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX)
-            draft.rename(self.directory)
-            undo.pop_all()
+
+    def __len__(self) -> int:
+        return len(self._held)
 
     def take(self, name: str) -> Task | None:
         """Claim a waiting task; `None` if somebody else has it (losing that race is normal).
@@ -290,121 +312,75 @@ class Claims:
         :raises Unreadable: it was no task; it is in ``failed/`` now.
         :raises OSError: it could not be read now, and it waits again.
         """
-        path, waiting = self.queue.file(name, self._state), self.queue.file(name)
         with self._mutex:
-            if self._closed:
+            if self._closed or not self._claim(name):
                 return None
             try:
-                os.rename(waiting, path)
-            except FileNotFoundError:
-                return None
-            try:
-                task = Task.read(path, name)
+                task = Task.read(self.queue.file(name, self._state), name)
             except Unreadable as error:
-                self.queue.fail(Path(path), str(error))
+                self.queue.fail(name, self._state, str(error))
                 raise
             except OSError:
-                os.rename(path, waiting)
+                self._leave(name, "")
                 raise
-            self._held.add(name)
+            self._held[name] = task
             return task
 
-    def settle(self, name: str, before: Callable[[], None], state: str = "completed") -> bool:
-        """Move a held task on, after `before` has been called; both or neither, as seen by `close`.
+    def _claim(self, name: str) -> bool:
+        try:
+            os.rename(self.queue.file(name), self.queue.file(name, self._state))
+            return True
+        except FileNotFoundError:
+            # Hardly ever is it the claim directory that is gone.
+            return not self._directory.is_dir() and self.queue.move(name, "", self._state)
 
-        :param state: 'completed', or '' to give it back.
-        :return: whether it was still held.
+    def settle(self, task: Task, before: Callable[[], None], state: str, reason: str = "") -> bool:
+        """Let a task out of our hands: the one place where that happens.
+
+        :param before: puts its outcome on its way; called first.
+        :param state: where it goes: 'completed', or '' to wait again.
+        :param reason: what its subscriber raised; kept beside it.
+        :return: whether it was still held; if not, nothing was done.
         """
         with self._mutex:
-            if name not in self._held:
+            if self._held.get(task.name) is not task:
                 return False
+            del self._held[task.name]
             before()
-            path = self.queue.file(name, self._state)
-            with contextlib.suppress(FileNotFoundError):
-                if state:
-                    os.utime(path)  # When it was done; housekeeping goes by that.
-                os.rename(path, self.queue.file(name, state))
-            self._held.discard(name)
+            if reason:
+                self.queue.note(task.name, state, reason)
+            self._leave(task.name, state)
             return True
 
+    def _leave(self, name: str, state: str) -> None:
+        try:
+            self.queue.move(name, self._state, state)
+            self._unmoved.pop(name, None)
+        except OSError:
+            self._unmoved[name] = state
+
+    def retry(self) -> None:
+        """Move what could not be moved before."""
+        with self._mutex:
+            for name, state in list(self._unmoved.items()):
+                self._leave(name, state)
+
     def close(self) -> list[str]:
-        """Give back what is held, and remove the claim directory.
+        """Give back what is held, and remove the claim directory unless something is left in it.
 
         :return: the names that wait again.
         """
         with self._mutex:
             self._closed = True
+            self.retry()
             names = sorted(self._held)
-            for name in names:
-                with contextlib.suppress(OSError):
-                    os.rename(self.queue.file(name, self._state), self.queue.file(name))
             self._held.clear()
-            with contextlib.suppress(OSError):
-                _remove_claim(self.directory)
-            os.close(self.descriptor)
-            return names
+            for name in names:
+                self._leave(name, "")
+            return [name for name in names if name not in self._unmoved]
 
 
-def queue_directories(root: Path) -> dict[str, Path]:
-    """Return the queues that exist, by key: '' for the default one, otherwise the quoted name."""
-    named = {name: root / "queues" / name for name in _listed(root / "queues")}
-    return {"": root, **named}
-
-
-def _split(name: str) -> tuple[str, int]:
+def split(name: str) -> tuple[str, int]:
+    """Return a task's id and its deaths."""
     task_id, _, deaths = name.partition(".")
     return task_id, int(deaths or 0)
-
-
-def _listed(directory: Path) -> list[str]:
-    try:
-        return [name for name in os.listdir(directory) if not name.startswith(".")]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-
-
-def _read(path: Path | str) -> bytes:
-    # As few system calls as it takes: this is done for each task.
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.ENXIO):
-            raise Unreadable("it is not a regular file") from error
-        raise
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise Unreadable("it is not a regular file")
-        parts = [os.read(descriptor, status.st_size)]
-        while sum(map(len, parts)) < status.st_size and parts[-1]:
-            parts.append(os.read(descriptor, status.st_size))
-        return b"".join(parts)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_claim(directory: Path) -> None:
-    # The lock goes last, so that a directory with tasks in it always has one.
-    if os.listdir(directory) == ["lock"]:
-        (directory / "lock").unlink()
-        directory.rmdir()
-
-
-def _remove_older(path: Path, limit: float) -> int:
-    with contextlib.suppress(OSError):
-        if os.lstat(path).st_mtime < limit:
-            if path.is_dir() and not path.is_symlink():
-                (path / "lock").unlink(missing_ok=True)
-                path.rmdir()
-            else:
-                path.unlink()
-            return 1
-    return 0
-
-
-def _fsync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

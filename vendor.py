@@ -26,12 +26,25 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 MODULES = (
+    "files.py",
+    "directories.py",
     "discovery.py",
+    "frames.py",
+    "poller.py",
     "fifo.py",
+    "lane.py",
     "taskqueue.py",
+    "burial.py",
     "scheduler.py",
+    "peers.py",
     "coordinator.py",
     "control.py",
+    "calls.py",
+    "post.py",
+    "subscribers.py",
+    "life.py",
+    "subscriptions.py",
+    "engine.py",
     "pipebroker.py",
     "aiidabroker.py",
 )

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 import control
-import discovery
+import directories
 import pipebroker
 from harness import Broker, eventually
 
@@ -61,7 +61,7 @@ def without_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = os.open
 
     def open_(path: Any, *arguments: Any, **options: Any) -> int:
-        if os.fspath(path).endswith(discovery.TASKS_INTAKE):
+        if os.fspath(path).endswith(directories.TASKS_INTAKE):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
         return opened(path, *arguments, **options)
 
@@ -93,7 +93,7 @@ def test_accepted_is_accepted_without_a_coordinator_to_be_had(
     broker.stack.callback(control.stop, broker.config_path)
     # What a coordinator that died has left.
     (broker.config_path / "pipes" / "coordinator.json").write_text(json.dumps({"pid": os.getpid()}))
-    os.mkfifo(broker.pipes / discovery.TASKS_INTAKE)
+    os.mkfifo(broker.pipes / directories.TASKS_INTAKE)
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         if lacking == "thread":
             patch.setattr(threading.Thread, "start", refuse)

@@ -19,7 +19,9 @@ from pathlib import Path
 
 import pytest
 
+import burial
 import control
+import directories
 import discovery
 import taskqueue
 from harness import COORDINATOR, TIMEOUT, Broker, Child, eventually
@@ -117,15 +119,15 @@ def each_point(tmp_path: Path, place: str, run: Callable[[Callable[[int], Strace
 
 def sweep(broker: Broker) -> None:
     """Do what the coordinator's housekeeping does every ten seconds, for senders that nobody knew."""
-    layout = discovery.locate(broker.config_path)
+    layout = directories.locate(broker.config_path)
     assert layout is not None
     for draft in broker.pipes.glob(".*_*"):
         os.utime(draft, (0, 0))  # Nobody waits an hour here.
-    for directory in taskqueue.queue_directories(broker.queue).values():
+    for directory in layout.queues().values():
         for draft in (*directory.glob(".*"), *directory.glob("claimed/.*")):
             os.utime(draft, (0, 0))
         collections.deque(taskqueue.TaskQueue(directory).sweep(), maxlen=0)
-    collections.deque(discovery.sweep(layout, 0.0), maxlen=0)
+    collections.deque(burial.sweep(layout), maxlen=0)
 
 
 SENDER = """
@@ -288,9 +290,9 @@ def test_coordinator_that_buries_a_worker(broker: Broker, tmp_path: Path) -> Non
         more = sender.task_send("more")
         # Until it is killed, or has done all that.
         gone = broker.config_path / "pipes" / "worker_holder.json"
-        eventually(lambda: not discovery.is_alive(broker.pipes / "coordinator_tasks") or not gone.exists())
+        eventually(lambda: not directories.is_read(broker.pipes / "coordinator_tasks") or not gone.exists())
         strace.end()
-        survived = discovery.is_alive(broker.pipes / "coordinator_tasks")
+        survived = directories.is_read(broker.pipes / "coordinator_tasks")
         if not survived:
             control.stop(broker.config_path)  # It waits until it is gone.
             pid = control.start(broker.profile, broker.config_path)
@@ -326,7 +328,7 @@ def test_coordinator_that_starts_and_stops(broker: Broker, tmp_path: Path) -> No
             worker.add_task_subscriber(lambda _, body: body)
             assert pending.result(TIMEOUT) == name
         broker.run("stop")
-        assert [path.name for path in broker.pipes.iterdir() if path.name.startswith("coordinator")] == []
+        assert not directories.is_read(broker.pipes / directories.TASKS_INTAKE)
 
     run(None, "plain")
     # Without strace's -f there are no numbers of threads.

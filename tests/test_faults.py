@@ -25,7 +25,7 @@ import pytest
 
 import control
 import coordinator
-import discovery
+import directories
 import fifo
 import taskqueue
 from harness import ECHO, FORKER, HOARD, TIMEOUT, Broker, eventually
@@ -35,7 +35,7 @@ root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another us
 OTHER_USER = 12345
 AS_OTHER_USER = f"""
 import contextlib, io, json, kiwipy, multiprocessing, resource, shutil, signal, threading, uuid
-import control, coordinator, discovery
+import control, coordinator, directories, discovery, pipebroker
 for name in ("encodings.idna", "gettext", "json.decoder", "locale", "unicodedata"):
     with contextlib.suppress(ImportError):
         __import__(name)  # Afterwards this process may not read the library.
@@ -108,7 +108,7 @@ def test_coordinator_on_a_full_disk_says_so(broker: Broker) -> None:
             while True:
                 filler.write(b"x" * 100)
         assert "No space left on device" in broker.run("start", status=1)
-        assert not [path for path in broker.pipes.iterdir() if path.name != ".config"]
+        assert not broker.pipes.exists() or not [path for path in broker.pipes.iterdir() if path.name != ".config"]
         enlarge(broker.config_path, "10m")
         broker.run("start")
         broker.run("stop")
@@ -248,7 +248,7 @@ def test_read_only_configuration_directory(broker: Broker, public: Path) -> None
         + """
 try:
     communicator()
-except discovery.DirectoryRefused as error:
+except directories.DirectoryRefused as error:
     print(error)
 print(control.main(["--profile", profile, "--config-path", config_path]))
 print(control.main(["--profile", profile, "--config-path", config_path, "status"]))
@@ -263,8 +263,7 @@ print("ready"); sys.stdin.read()
         "Make it writable for this user, or name another configuration directory."
     )
     assert process.line() == "1"
-    said = [process.line() for _ in range(4)]
-    assert said[0] == "Coordinator: not running"
+    assert process.line().startswith("Coordinator: not running; no broker has run")
     assert process.line() == "3"
     assert process.line() == "ready"
 
@@ -300,8 +299,9 @@ print("ready"); sys.stdin.read(); worker.close()
         assert all(heard.acquire(timeout=TIMEOUT) for _ in range(1000))
         assert communicator.task_send("go on").result(TIMEOUT) == "go on"
     assert _resident(pid) - before < 80 << 20  # All of them would be 120 MB, and the 10,000 that it keeps are 30.
-    dropped = eventually(lambda: _worker(served, "stopped")["broadcasts_dropped"])
-    assert dropped >= 40_000 - 10_000 - 65_536 // 3000 - 1
+    # It keeps 10,000, and the pipe holds a few; the rest is counted at the next housekeeping.
+    eventually(lambda: _worker(served, "stopped")["broadcasts_dropped"] >= 40_000 - 10_000 - 65_536 // 3000 - 1)
+    dropped = _worker(served, "stopped")["broadcasts_dropped"]
     assert "Worker stopped does not read" in served.log()
     os.kill(child.pid, signal.SIGCONT)
     eventually(lambda: communicator.rpc_send("heard", None).result(TIMEOUT) == 40_000 - dropped)
@@ -442,7 +442,7 @@ def test_directory_that_is_opened_to_others_later_is_refused(served: Broker) -> 
     communicator.add_rpc_subscriber(lambda _, body: body, "echo")
     served.pipes.chmod(0o770)
     for make in (served.communicator, lambda: coordinator.PipeCoordinator(served.profile, served.config_path)):
-        with pytest.raises(discovery.DirectoryRefused, match=f"run 'chmod 700 {served.pipes}'"):
+        with pytest.raises(directories.DirectoryRefused, match=f"run 'chmod 700 {served.pipes}'"):
             make()
     assert "chmod 700" in served.run("start", status=1)
     served.pipes.chmod(0o700)
@@ -461,12 +461,12 @@ def test_pipes_that_were_replaced(served: Broker, tmp_path: Path) -> None:
         pipe = served.pipes / f"rpc_{name}"
         pipe.unlink()
         replace(pipe)
-        with pytest.raises((discovery.DirectoryRefused, kiwipy.UnroutableError)):
+        with pytest.raises((directories.DirectoryRefused, kiwipy.UnroutableError)):
             communicator.rpc_send(name, 1)
     assert bait.read_bytes() == b""
 
     def answers(name: str) -> bool:
-        with contextlib.suppress(discovery.DirectoryRefused, kiwipy.UnroutableError):
+        with contextlib.suppress(directories.DirectoryRefused, kiwipy.UnroutableError):
             return bool(communicator.rpc_send(name, 1).result(TIMEOUT) == 1)
         return False
 
@@ -516,7 +516,7 @@ def test_bad_task_files_fail_with_a_reason_and_stop_nothing(served: Broker, tmp_
     got = []
     communicator.add_task_subscriber(lambda _, body: got.append(body))
     for name in bad.values():
-        assert fifo.knock(served.pipes / discovery.TASKS_INTAKE, {"type": "task", "queue": "", "name": name})
+        assert fifo.knock(served.pipes / directories.TASKS_INTAKE, {"type": "task", "queue": "", "name": name})
     communicator.task_send("good").result(TIMEOUT)
     rows = {row["id"]: row for row in control.tasks(served.config_path, "failed")}
     reasons = {title: rows[name]["reason"] for title, name in bad.items()}
@@ -580,6 +580,9 @@ def test_names_in_messages_never_lead_out_of_the_directory(served: Broker, tmp_p
         assert communicator.task_send(1).result(TIMEOUT) == 1
         assert communicator.rpc_send("echo", 1).result(TIMEOUT) == 1
     (served.config_path / "pipes" / "worker_evil.json").unlink()
+    # A reply pipe that is not there may be made again, so an answer to it is kept for a while.
+    for body in served.pipes.glob(f"body_reply_1_{'0' * 32}.*"):
+        body.unlink()
     assert sorted(path for path in served.pipes.rglob("*") if not path.name.startswith(".")) == everything
     assert not list(tmp_path.rglob("*escaped*")) and not Path("/tmp/escaped").exists()
 

@@ -69,7 +69,6 @@ def within(condition: Callable[[], Any], seconds: float) -> bool:
 # Outcomes
 
 
-@pytest.mark.xfail(strict=True, reason="outcomes for a full reply pipe are kept in the worker's memory alone")
 def test_outcomes_reach_a_sender_that_was_stopped_while_the_workers_went(served: Broker) -> None:
     # The bodies are large enough that the sender's pipe takes a part of the outcomes only.
     script = """
@@ -100,7 +99,6 @@ print("ready"); sys.stdin.read(); worker.close()
         assert sender.end() == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the coordinator tries once to tell the sender")
 def test_sender_whose_pipe_was_full_hears_that_its_task_was_given_up_on(broker: Broker) -> None:
     script = """
 sender = communicator()
@@ -154,7 +152,6 @@ def unspeakable_future(*_: object) -> kiwipy.Future:
 
 @pytest.mark.parametrize("subscriber", [unspeakable_call, unspeakable_future])
 @pytest.mark.parametrize("kind", ["task", "rpc"])
-@pytest.mark.xfail(strict=True, reason="the exception's text is asked for where nobody answers for a failure")
 def test_exception_that_cannot_be_printed_is_answered(
     served: Broker, kind: str, subscriber: Callable[..., Any]
 ) -> None:
@@ -168,7 +165,6 @@ def test_exception_that_cannot_be_printed_is_answered(
     eventually(lambda: served.tasks("claimed") == [], SOON)
 
 
-@pytest.mark.xfail(strict=True, reason="the exception's text is asked for where nobody answers for a failure")
 def test_pulled_task_that_ends_with_such_an_exception_is_done(broker: Broker) -> None:
     sender, worker = broker.communicator(), broker.communicator()
     future = sender.task_send(0)
@@ -182,7 +178,6 @@ def test_pulled_task_that_ends_with_such_an_exception_is_done(broker: Broker) ->
 # Tasks
 
 
-@pytest.mark.xfail(strict=True, reason="a task that cannot be moved to completed/ is forgotten in memory, and stays")
 def test_task_is_done_once_although_completed_was_removed(served: Broker, tmp_path: Path) -> None:
     record = tmp_path / "record"
     sender = served.communicator()
@@ -199,7 +194,6 @@ def test_task_is_done_once_although_completed_was_removed(served: Broker, tmp_pa
 
 
 @pytest.mark.parametrize("name", ["", "named"])
-@pytest.mark.xfail(strict=True, reason="a worker whose claim directory is gone takes every task for somebody else's")
 def test_worker_whose_claim_directory_was_removed_goes_on(served: Broker, name: str) -> None:
     script = """
 worker = communicator("removed")
@@ -219,7 +213,6 @@ print("ready"); sys.stdin.read(); worker.close()
         assert worker.end() == 0
 
 
-@pytest.mark.xfail(strict=True, reason="a task that a worker has claimed is reported as not sent")
 def test_task_send_does_not_raise_once_a_worker_has_claimed_the_task(served: Broker, tmp_path: Path) -> None:
     script = """
 import errno, pathlib
@@ -249,7 +242,6 @@ sys.stdin.read()
     assert recorded(record) == ["once"]
 
 
-@pytest.mark.xfail(strict=True, reason="only an OSError makes it take the task back")
 def test_task_send_that_is_interrupted_leaves_no_task(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_: int) -> None:
         raise KeyboardInterrupt
@@ -262,7 +254,6 @@ def test_task_send_that_is_interrupted_leaves_no_task(broker: Broker, monkeypatc
     assert not [path.name for path in broker.queue.iterdir() if "task_" in path.name or path.name.startswith(".")]
 
 
-@pytest.mark.xfail(strict=True, reason="what a communicator holds is known by the task's name alone")
 def test_future_of_a_task_given_back_does_not_complete_who_took_it_next(broker: Broker) -> None:
     sender, worker = broker.communicator(), broker.communicator()
     outcome = sender.task_send("body")
@@ -279,7 +270,6 @@ def test_future_of_a_task_given_back_does_not_complete_who_took_it_next(broker: 
 
 
 @pytest.mark.parametrize("lack", ["threads", "descriptors"])
-@pytest.mark.xfail(strict=True, reason="what starts the coordinator again after a task was accepted may raise")
 def test_aiidas_task_send_does_not_raise_once_the_task_is_accepted(broker: Broker, tmp_path: Path, lack: str) -> None:
     pytest.importorskip("aiida")
     broker.config_path = tmp_path / ".aiida" / "profiles" / broker.profile
@@ -376,7 +366,6 @@ caller.close()
 )
 
 
-@pytest.mark.xfail(strict=True, reason="a body that cannot be opened is dropped with its call")
 def test_large_call_is_answered_though_no_descriptor_is_free(served: Broker) -> None:
     caller = served.communicator()
     worker = served.child(RPC_HOARDER)
@@ -389,7 +378,6 @@ def test_large_call_is_answered_though_no_descriptor_is_free(served: Broker) -> 
         assert worker.end() == 0
 
 
-@pytest.mark.xfail(strict=True, reason="a body that cannot be opened is dropped with its reply")
 def test_large_reply_arrives_though_no_descriptor_is_free(served: Broker) -> None:
     served.communicator().add_rpc_subscriber(lambda _, size: "x" * size, "large")
     caller = served.child(CALLING_HOARDER)
@@ -399,7 +387,6 @@ def test_large_reply_arrives_though_no_descriptor_is_free(served: Broker) -> Non
         assert caller.end() == 0
 
 
-@pytest.mark.xfail(strict=True, reason="an exception in the first reply of a read takes the others with it")
 def test_reply_that_cannot_be_used_does_not_touch_the_next_one(served: Broker) -> None:
     script = """
 caller = communicator()
@@ -430,7 +417,6 @@ sys.stdin.read(); caller.close()
         assert caller.end() == 0
 
 
-@pytest.mark.xfail(strict=True, reason="who closes removes the bodies for its id when the id may be another's already")
 def test_large_call_to_the_next_life_of_a_worker_id_is_left_alone_by_the_last(served: Broker) -> None:
     script = """
 worker = communicator("twice")
@@ -493,7 +479,6 @@ print("ready"); sys.stdin.read(); worker.close()
 # Broadcasts
 
 
-@pytest.mark.xfail(strict=True, reason="a coordinator that ends unlinks its intake with what it has not read")
 def test_broadcasts_sent_while_a_coordinator_ends_reach_the_next_one(broker: Broker) -> None:
     # Tells of whatever it removes in the end, and waits.
     script = """
@@ -541,7 +526,6 @@ print("ended")
     assert sorted(got) == list(range(sent))
 
 
-@pytest.mark.xfail(strict=True, reason="after one broadcast that cannot be sent, all that follow are held")
 def test_broadcasts_go_on_after_a_moment_without_a_descriptor(served: Broker) -> None:
     script = (
         HOARD
@@ -568,7 +552,6 @@ sys.stdin.read(); sender.close()
         assert sender.end() == 0
 
 
-@pytest.mark.xfail(strict=True, reason="after one broadcast that finds no intake, all that follow are held")
 def test_broadcasts_go_on_after_the_intake_was_made_again(served: Broker) -> None:
     got = listening(served)
     sender = served.communicator()
@@ -579,7 +562,6 @@ def test_broadcasts_go_on_after_the_intake_was_made_again(served: Broker) -> Non
     assert within(lambda: set(got) == {"first", "second"}, SOON), f"only {got}"
 
 
-@pytest.mark.xfail(strict=True, reason="what comes through the old intake is not read, and keeps the coordinator busy")
 def test_old_intake_is_read_after_a_new_one_was_made(broker: Broker) -> None:
     broker.start()
     got = listening(broker)
@@ -594,7 +576,6 @@ def test_old_intake_is_read_after_a_new_one_was_made(broker: Broker) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
-@pytest.mark.xfail(strict=True, reason="the old intake, which nobody reads, wakes the coordinator for ever")
 def test_coordinator_sleeps_after_its_intake_was_made_again(broker: Broker) -> None:
     def seconds() -> float:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -613,7 +594,6 @@ def test_coordinator_sleeps_after_its_intake_was_made_again(broker: Broker) -> N
     assert seconds() - before < 0.5
 
 
-@pytest.mark.xfail(strict=True, reason="what a sender keeps for a coordinator goes with the sender, silently")
 def test_broadcasts_that_found_no_coordinator_outlive_their_sender(broker: Broker) -> None:
     got = listening(broker)
     sender = broker.communicator()
@@ -642,7 +622,6 @@ print("closed"); sys.stdin.read()
 """
 
 
-@pytest.mark.xfail(strict=True, reason="a full outbox of a sender drops its oldest broadcasts without a word")
 def test_sender_says_what_its_outbox_dropped(broker: Broker) -> None:
     pid = broker.start()
     sender = broker.child(DROPPER, 150_000)
@@ -659,7 +638,6 @@ def test_sender_says_what_its_outbox_dropped(broker: Broker) -> None:
         go_on(pid)
 
 
-@pytest.mark.xfail(strict=True, reason="closing drops silently what the coordinator has not taken")
 def test_closing_says_what_could_not_be_sent(broker: Broker) -> None:
     pid = broker.start()
     got = listening(broker)
@@ -678,7 +656,6 @@ def test_closing_says_what_could_not_be_sent(broker: Broker) -> None:
     assert any("drop" in line for line in said) or within(lambda: len(got) == 20_000, SOON), f"{said}, {len(got)}"
 
 
-@pytest.mark.xfail(strict=True, reason="bodies of broadcasts that wait for a coordinator are left when the sender goes")
 def test_closing_leaves_no_body_behind(broker: Broker) -> None:
     sender = broker.communicator()
     sender.broadcast_send(LARGE)

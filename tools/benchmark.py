@@ -35,7 +35,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
 
 import control
-import discovery
+import directories
 import taskqueue
 from harness import HERE
 from pipebroker import PipeCommunicator
@@ -207,7 +207,7 @@ def pipes(directory: Path) -> Iterator[tuple[str, int]]:
         yield f"{PROFILE}:{directory}", pid
     finally:
         control.stop(directory)
-        layout = discovery.locate(directory)
+        layout = directories.locate(directory)
         if layout is not None:
             shutil.rmtree(layout.pipes)
 

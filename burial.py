@@ -1,0 +1,258 @@
+"""Removes what the dead left, and gives their tasks back.
+
+Strategy: whoever holds the lock of a worker id owns all that stands under it. So to bury is to take the lock of a dead
+worker, which the kernel gives to one process only, and to go through what it left: the pipes and routes first, so that
+its identifiers are free; then its tasks, each with one more death in its name; then the entry; and the lock last.
+
+Rules:
+- This is the one way to remove what a worker left. The coordinator uses it, a new life under an old id, whoever meets a
+  taken RPC identifier, and whoever pulls tasks while no coordinator runs.
+- The lock goes only when nothing is claimed under the id any more, in any queue: one bad task is said, and left for the
+  next time.
+- Before each step the lock is looked at again: somebody may have removed the directory, and another life begun.
+- Many are buried in one pass over the routes: 300 deaths at once cost little more than one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING or not __package__:
+    import directories
+    import discovery
+    import fifo
+    import files
+    import frames
+    import taskqueue
+else:
+    from . import directories, discovery, fifo, files, frames, taskqueue
+
+_LOGGER = logging.getLogger(__name__)
+_AT_ONCE = 100
+_ROUNDS = 3
+_ORPHAN_SECONDS = 60.0
+_KEPT_SECONDS = 60.0
+
+
+@dataclass
+class Buried:
+    """What a burial did."""
+
+    worker_ids: list[str] = field(default_factory=list)
+    """Those of whom nothing is left."""
+    tasks: list[tuple[str, str]] = field(default_factory=list)
+    """What waits again: the key of the queue, and the name."""
+
+
+def bury(layout: directories.Layout, worker_ids: Iterable[str], *, lost: bool = False) -> Buried:
+    """Remove what the dead among some worker ids left, and give their tasks back.
+
+    :param lost: they have lost their locks, and are known to be dead all the same.
+    """
+    buried, ids = Buried(), iter(worker_ids)
+    # A few at a time, since each lock is a descriptor.
+    while some := list(itertools.islice(ids, _AT_ONCE)):
+        with contextlib.ExitStack() as stack:
+            locks = {}
+            for worker_id in some:
+                with _logged(f"Worker {worker_id} could not be buried"):
+                    lock = discovery.WorkerLock.take(layout, worker_id, make=lost)
+                    if lock is not None:
+                        stack.callback(lock.release)
+                        locks[worker_id] = lock
+            bury_owned(layout, locks, buried, keep=False)
+    return buried
+
+
+def bury_owned(layout: directories.Layout, locks: dict[str, discovery.Lock], buried: Buried, *, keep: bool) -> None:
+    """Do what `bury` does for ids whose locks this process holds.
+
+    :param keep: keep the locks: a new life begins under the id.
+    """
+    if not locks:
+        return
+    for worker_id in locks:
+        _remove_pipes(layout, worker_id)
+    _remove_routes_and_bodies(layout, {f"{kind}_{worker_id}" for worker_id in locks for kind in directories.KINDS})
+    queues = {key: taskqueue.TaskQueue(directory) for key, directory in layout.queues().items()}
+    for worker_id, lock in locks.items():
+        clean = True
+        for key, queue in queues.items():
+            clean = lock.is_in_place() and _give_back_all(layout, key, queue, worker_id, buried) and clean
+        if clean and lock.is_in_place():
+            files.remove(layout.entry(worker_id))
+            buried.worker_ids.append(worker_id)
+            if not keep:
+                remove_claims(layout, worker_id, lock)
+
+
+def remove_claims(layout: directories.Layout, worker_id: str, lock: discovery.Lock) -> None:
+    """Remove the claim directories of a worker id, and its lock last, unless there are tasks in them."""
+    claims = [directory / "claimed" / worker_id for directory in layout.queues().values()]
+    if any(name.startswith("task_") for claim in claims for name in files.listed(claim)):
+        return
+    if lock.is_in_place():
+        files.remove(lock.path)
+    elif os.path.lexists(lock.path):
+        return
+    for claim in claims:
+        with contextlib.suppress(OSError):
+            claim.rmdir()
+
+
+def _remove_pipes(layout: directories.Layout, worker_id: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        files.remove(layout.pipes / discovery.Worker.read(layout.entry(worker_id)).reply)
+    for kind in directories.KINDS:
+        files.remove(layout.pipes / f"{kind}_{worker_id}")
+
+
+def _remove_routes_and_bodies(layout: directories.Layout, pipes: set[str]) -> None:
+    root = str(layout.pipes)
+    for name in files.listed(root):
+        pipe = (
+            discovery.route_target(f"{root}/{name}") if name.startswith("route_") else directories.body_receiver(name)
+        )
+        if pipe in pipes:
+            files.remove(f"{root}/{name}")
+
+
+def _give_back_all(
+    layout: directories.Layout, key: str, queue: taskqueue.TaskQueue, worker_id: str, buried: Buried
+) -> bool:
+    """Say whether nothing is left."""
+    clean = True
+    for name in sorted(queue.names(f"claimed/{worker_id}")):
+        try:
+            new = _give_back(layout, queue, worker_id, name)
+        except OSError as error:
+            _LOGGER.error("Task %s of dead worker %s cannot be given back: %s", name, worker_id, error)
+            clean = False
+        else:
+            buried.tasks += [(key, new)] if new else []
+    return clean
+
+
+def _give_back(layout: directories.Layout, queue: taskqueue.TaskQueue, worker_id: str, name: str) -> str | None:
+    """Return the name under which a task waits again; `None` if it does not."""
+    task_id, deaths = taskqueue.split(name)
+    state, new = f"claimed/{worker_id}", f"{task_id}.{deaths + 1}"
+    if deaths + 1 < taskqueue.MAX_DEATHS:
+        if not queue.move(name, state, "", new):
+            return None
+        _LOGGER.warning("Task %s waits again: its worker died (%s)", new, worker_id)
+        return new
+    reason = f"{taskqueue.MAX_DEATHS} workers died while they held it"
+    with contextlib.suppress(taskqueue.Unreadable):
+        task = taskqueue.Task.read(queue.file(name, state), name)
+        if not task.no_reply and directories.is_reply_pipe(task.reply_to):
+            text = frames.encode({"correlation_id": task.correlation_id, "exception": reason})
+            fifo.leave(text, layout.pipes / task.reply_to)
+    queue.fail(name, state, reason)
+    _LOGGER.error("Task %s failed: %s", name, reason)
+    return None
+
+
+def bury_claimants(layout: directories.Layout, queue: taskqueue.TaskQueue) -> None:
+    """Do the coordinator's work where none runs: give back what dead workers hold of a queue."""
+    if not directories.is_read(layout.pipes / directories.TASKS_INTAKE):
+        bury(layout, filter(directories.is_worker_id, queue.claims()))
+
+
+@contextlib.contextmanager
+def _logged(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        _LOGGER.error("%s: %s", what, error)
+
+
+def everybody(layout: directories.Layout) -> set[str]:
+    """Return every worker id that something is left of."""
+    found = {worker.worker_id for worker in discovery.workers(layout)}
+    for directory in layout.queues().values():
+        found.update(filter(directories.is_worker_id, files.listed(directory / "claimed")))
+    for name in files.listed(layout.pipes):
+        owner = directories.pipe_owner(name)
+        if name.startswith("route_"):
+            owner = directories.pipe_owner(discovery.route_target(layout.pipes / name) or "")
+        if owner is not None:
+            found.add(owner)
+    return found
+
+
+class Undertaker:
+    """Finds the dead of whom no event told, and those who lost their locks. It lives in the coordinator's thread."""
+
+    def __init__(self, layout: directories.Layout) -> None:
+        self._layout = layout
+        self._lost: dict[str, int] = {}
+        """In how many rounds a worker id had no lock, and none of its pipes was read."""
+
+    def round(self) -> Buried:
+        """Bury whoever is dead."""
+        ids = everybody(self._layout)
+        buried = bury(self._layout, ids)
+        left = ids.difference(buried.worker_ids)
+        self._lost = {worker_id: self._lost.get(worker_id, 0) + 1 for worker_id in left if self._seems_lost(worker_id)}
+        lost = [worker_id for worker_id, rounds in self._lost.items() if rounds >= _ROUNDS]
+        again = bury(self._layout, lost, lost=True)
+        return Buried(buried.worker_ids + again.worker_ids, buried.tasks + again.tasks)
+
+    def _seems_lost(self, worker_id: str) -> bool:
+        with _logged(f"It is not known whether worker {worker_id} lives"):
+            pipes = [f"{kind}_{worker_id}" for kind in directories.KINDS]
+            with contextlib.suppress(OSError, ValueError):
+                pipes.append(discovery.Worker.read(self._layout.entry(worker_id)).reply)
+            locked = os.path.lexists(self._layout.lock(worker_id))
+            return not locked and not any(directories.is_read(self._layout.pipes / pipe) for pipe in pipes)
+        return False
+
+
+def sweep(layout: directories.Layout) -> Iterator[str]:
+    """Remove from the pipes directory what nobody can use any more and no worker id owns, in steps.
+
+    Yields after each file the name of what was removed, or ''.
+    """
+    for name in list(files.listed(layout.pipes)):
+        try:
+            orphan = _is_orphan(layout.pipes / name)
+        except OSError:
+            continue  # Gone meanwhile, or the kernel did not say: the next time will tell.
+        yield name if orphan and files.remove(layout.pipes / name) else ""
+    for removed in files.sweep_drafts(layout.pipes):
+        yield "a draft" if removed else ""
+    for _ in files.sweep_drafts(layout.registry):
+        yield ""
+
+
+def _is_orphan(path: Path) -> bool:
+    receiver = directories.body_receiver(path.name)
+    if path.name.startswith("kept_"):
+        return files.is_older(path, 2 * _KEPT_SECONDS)
+    if receiver == directories.BROADCAST_INTAKE:
+        return files.is_older(path, 2 * _KEPT_SECONDS)
+    if receiver is not None:
+        pipe = path.with_name(receiver)
+        # Where the pipe has lost its name, its reader may live, and makes it again when it looks after itself.
+        return not directories.is_read(pipe) and (os.path.lexists(pipe) or files.is_older(path, _ORPHAN_SECONDS))
+    if directories.is_reply_pipe(path.name):
+        return stat.S_ISFIFO(os.lstat(path).st_mode) and not directories.is_read(path)
+    return path.name.startswith("route_") and discovery.route_target(path) is None
+
+
+def clean_up(layout: directories.Layout) -> int:
+    """Bury whoever is dead and remove what nobody can use, without a coordinator; return how many were dead."""
+    dead = set(bury(layout, everybody(layout)).worker_ids)
+    for _ in sweep(layout):
+        pass
+    said = layout.registry / "coordinator.json"
+    return len(dead) + (discovery.coordinator(layout) is None and files.remove(said))

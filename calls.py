@@ -1,0 +1,189 @@
+"""The futures that await an answer, and what each kind of answer does to them. No I/O.
+
+Strategy: each call for which an answer is awaited stands in `Calls` under its correlation id until the answer has come,
+or whoever owes it has died.
+
+An answer carries the correlation id and one of these fields, which says what becomes of the future that waits
+(`Calls`):
+
+    result        it has this result, as the user's decoder has it
+    exception     it has a `kiwipy.RemoteException` of this text, caused by what is in ``traceback``
+    undelivered   it has a `kiwipy.UnroutableError`: nobody subscribes to the identifier in that communicator any more
+    cancelled     it is cancelled
+    pending       the subscriber returned a future: it has another future as its result, which waits from here on. The
+                  number is how many there were; a lower one is old, and passed over
+
+Rules:
+- An entry is put in by one call and taken out by one, so that each future is ended once, whoever comes first.
+- Callbacks of futures are user code, and run on a lane of their own.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import itertools
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import kiwipy
+
+if TYPE_CHECKING or not __package__:
+    import frames
+    from lane import Lane
+else:
+    from . import frames
+    from .lane import Lane
+
+
+class RemoteTraceback(Exception):
+    """The traceback of a subscriber's exception, as the ``__cause__`` of the `kiwipy.RemoteException`."""
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0]}"""'
+
+
+def failure(error: BaseException) -> dict[str, Any]:
+    """Return the fields of an answer that carry an exception, whatever it does when it is printed."""
+    try:
+        text = str(error)
+    except Exception:
+        text = f"{type(error).__name__}, which cannot be printed"
+    try:
+        trace = "".join(traceback.format_exception(error))
+    except Exception:
+        trace = text
+    return {"exception": text, "traceback": trace}
+
+
+class Reply(concurrent.futures.Future[Any]):
+    """A future whose callbacks run on a thread of their own, since they are user code."""
+
+    def __init__(self, lane: Lane) -> None:
+        super().__init__()
+        self._lane = lane
+
+    def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], Any]) -> None:
+        """Call `fn` when this is done; :raises RuntimeError: the system has no room for the thread that does."""
+        self._lane.start()
+        super().add_done_callback(lambda future: self._lane.put(functools.partial(fn, future)))
+
+
+@dataclass
+class Call:
+    """What a correlation id stands for: the future that awaits the next answer."""
+
+    future: Reply
+    way: object
+    """The way to an RPC's recipient, whose death ends the call; `None` for a task."""
+    level: int = 0
+    """How many futures the recipient has answered with; a task that runs a second time may repeat them."""
+
+
+class Calls:
+    """The calls that await an answer. Safe in any thread: each entry is put in by one call, and taken out by one."""
+
+    def __init__(self, callbacks: Lane, decode: Callable[[frames.Message, str], Any]) -> None:
+        self._callbacks = callbacks
+        self._decode = decode
+        self._pending: dict[str, Call] = {}
+        self._numbers = itertools.count(1)
+        self.closed = False
+
+    def __bool__(self) -> bool:
+        return bool(self._pending)
+
+    def expect(self, way: object) -> tuple[str, Reply]:
+        """Await an answer; return the correlation id it will carry, and its future.
+
+        :raises kiwipy.CommunicatorClosed: there will be none.
+        """
+        correlation_id, future = f"{next(self._numbers):x}", Reply(self._callbacks)
+        self._pending[correlation_id] = Call(future, way)
+        if self.closed:
+            self.forget(correlation_id)
+            raise kiwipy.CommunicatorClosed
+        return correlation_id, future
+
+    def forget(self, correlation_id: str | None) -> None:
+        """Await an answer no more."""
+        self._pending.pop(correlation_id or "", None)
+
+    def answer(self, message: frames.Message) -> None:
+        """Take an answer, and do to the future that waits what it says.
+
+        :raises frames.Garbage: it is no answer; whoever waits goes on waiting.
+        """
+        correlation_id = str(message.get("correlation_id"))
+        kind = next((kind for kind in _ANSWERS if kind in message), None)
+        if kind is None:
+            raise frames.Garbage(f"an answer of no known kind: {sorted(message)}")
+        call = self._pending.pop(correlation_id, None)
+        if call is not None:
+            # A user may have ended the future himself.
+            with contextlib.suppress(concurrent.futures.InvalidStateError, RuntimeError):
+                _ANSWERS[kind](self, correlation_id, call, message)
+
+    def fail(self, way: object, error: BaseException) -> None:
+        """End the calls to a recipient that will not answer any more."""
+        for correlation_id, call in list(self._pending.items()):
+            if call.way is way and self._pending.pop(correlation_id, None) is call:
+                _end(call.future, error)
+
+    def ways(self) -> set[object]:
+        """Return the ways to those who owe an answer."""
+        return {call.way for call in list(self._pending.values()) if call.way is not None}
+
+    def close(self) -> None:
+        """End all calls."""
+        self.closed = True
+        while self._pending:
+            with contextlib.suppress(KeyError):
+                _end(self._pending.popitem()[1].future, kiwipy.CommunicatorClosed())
+
+    def _result(self, _: str, call: Call, message: frames.Message) -> None:
+        try:
+            value = self._decode(message, "result")
+        except Exception as error:
+            call.future.set_exception(error)
+        else:
+            call.future.set_result(value)
+
+    def _exception(self, _: str, call: Call, message: frames.Message) -> None:
+        error = kiwipy.RemoteException(message["exception"])
+        if message.get("traceback"):
+            error.__cause__ = RemoteTraceback(message["traceback"])
+        call.future.set_exception(error)
+
+    def _undelivered(self, _: str, call: Call, message: frames.Message) -> None:
+        call.future.set_exception(kiwipy.UnroutableError(message["undelivered"]))
+
+    def _cancelled(self, _: str, call: Call, message: frames.Message) -> None:
+        call.future.cancel()
+        call.future.set_running_or_notify_cancel()
+
+    def _pending_answer(self, correlation_id: str, call: Call, message: frames.Message) -> None:
+        level = message["pending"]
+        if not isinstance(level, int) or level <= call.level:
+            self._pending[correlation_id] = call
+            return
+        following = Call(Reply(self._callbacks), call.way, level)
+        self._pending[correlation_id] = following
+        call.future.set_result(following.future)
+
+
+def _end(future: Reply, error: BaseException) -> None:
+    with contextlib.suppress(concurrent.futures.InvalidStateError):
+        future.set_exception(error)
+
+
+_ANSWERS: dict[str, Callable[[Calls, str, Call, frames.Message], None]] = {
+    "result": Calls._result,
+    "exception": Calls._exception,
+    "undelivered": Calls._undelivered,
+    "cancelled": Calls._cancelled,
+    "pending": Calls._pending_answer,
+}

@@ -1,0 +1,393 @@
+"""Where things are: the three directories of a configuration, and what may be in their names.
+
+Strategy: the pipes directory lies in /tmp, which is public, so nothing in it is used before it is looked at. Whose it
+is stands in ``.config``, a symlink, which only one process can make.
+
+Rules:
+- No lock: each choice is one system call that succeeds for one caller only, and all others then see what was chosen.
+- A name that comes from a user is quoted or refused, so no name ever leads to another directory, and two names differ
+  even where the file system ignores case.
+- A queue says in ``format`` whose it is, and in which format.
+
+This module knows nothing of processes, messages or tasks.
+"""
+
+from __future__ import annotations
+
+import os
+
+if not hasattr(os, "mkfifo"):
+    raise ImportError("The named pipe broker needs a platform with FIFOs, such as Linux or macOS.")
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import re
+import stat
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
+
+if TYPE_CHECKING or not __package__:
+    import files
+else:
+    from . import files
+
+TASKS_INTAKE = "coordinator_tasks"
+BROADCAST_INTAKE = "coordinator_broadcast"
+KINDS = ("task", "rpc", "broadcast")
+FORMAT = 1
+
+_WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_REPLY = re.compile(r"reply_\d+_[0-9a-f]{32}")
+_BODY = re.compile(r"body_([A-Za-z0-9._-]+)\.[0-9a-f]{32}")
+_QUOTED = re.compile(r"[A-Za-z0-9_~%=-][A-Za-z0-9_.~%=-]*")
+_OWNER = ".config"
+_LONGEST_NAME = 200
+
+
+class DirectoryRefused(OSError):
+    """A directory is not safe to use, or cannot be used; the message says what to do about it."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The three directories of one configuration. Made by `establish` and `locate`."""
+
+    config_path: Path
+    pipes: Path
+
+    @property
+    def registry(self) -> Path:
+        """Holds ``coordinator.json`` and ``worker_{id}.json``."""
+        return self.config_path / "pipes"
+
+    @property
+    def queue(self) -> Path:
+        """Holds the default task queue, ``queues/``, ``coordinator.lock`` and ``coordinator.log``."""
+        return self.config_path / "coordinator"
+
+    def route(self, identifier: str) -> Path:
+        """Return the path of the symlink that leads to the RPC pipe serving `identifier`."""
+        return self.pipes / f"route_{quoted(identifier)}"
+
+    def entry(self, worker_id: str) -> Path:
+        """Return the path of a worker's registry entry."""
+        return self.registry / f"worker_{worker_id}.json"
+
+    def lock(self, worker_id: str) -> Path:
+        """Return the path of a worker id's lock."""
+        return self.queue / "claimed" / worker_id / "lock"
+
+    def queue_directory(self, key: str) -> Path:
+        """Return the directory of a queue.
+
+        :param key: '' for the default one, otherwise the quoted name.
+        """
+        return self.queue / "queues" / key if key else self.queue
+
+    def queues(self) -> dict[str, Path]:
+        """Return the queues that exist, by key; whatever else lies there is passed over."""
+        named = [key for key in files.listed(self.queue / "queues") if is_quoted(key)]
+        return {key: path for key in ("", *named) if (path := self.queue_directory(key)).is_dir()}
+
+
+# Directories
+
+
+def establish(profile_name: str, config_path: str | os.PathLike[str], profile_uuid: str | None = None) -> Layout:
+    """Find the directories of a configuration, and make what is missing.
+
+    The pipes directory is ``/tmp/aiida_{profile}_pipes`` unless another configuration has it, and then the same with a
+    digest in its name. The choice is kept in ``{config_path}/pipes/directory``, so every process comes to the same one,
+    whatever happens to the other's directory.
+
+    :param profile_name: any name; what cannot stand in a file name is percent-encoded.
+    :param config_path: the profile's configuration directory.
+    :param profile_uuid: what tells this profile from another one that had its name; `None` matches all.
+    :raises ValueError: the profile name is empty, or too long for a file name.
+    :raises DirectoryRefused: a directory cannot be made, is not safe to use, or is another profile's.
+    """
+    if not profile_name or len(quote(profile_name, safe="")) > _LONGEST_NAME:
+        raise ValueError(f"a profile name has 1 to {_LONGEST_NAME} characters, not {len(profile_name)}")
+    config = _real(config_path)
+    try:
+        for directory in (config / "pipes", config / "coordinator"):
+            files.make_directories(directory)
+        _check_format(config / "coordinator", profile_name, profile_uuid)
+        recorded = _recorded(config)
+        if recorded is not None and _belongs(recorded, config):
+            return Layout(config, recorded)
+        return Layout(config, _choose(profile_name, config))
+    except DirectoryRefused:
+        raise
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
+        raise DirectoryRefused(
+            f"the directory {config} cannot be used: {error.strerror} ({error.filename or config}). "
+            "Make it writable for this user, or name another configuration directory."
+        ) from error
+
+
+def remake(layout: Layout) -> None:
+    """Make the directories again, should somebody have removed them.
+
+    :raises OSError: they cannot be made.
+    :raises DirectoryRefused: another configuration has taken the pipes directory.
+    """
+    layout.registry.mkdir(mode=0o700, parents=True, exist_ok=True)
+    layout.pipes.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.symlink(layout.config_path, layout.pipes / _OWNER)
+    if not _belongs(layout.pipes, layout.config_path):
+        raise DirectoryRefused(f"{layout.pipes} belongs to another configuration now: restart this process.")
+    if _recorded(layout.config_path) != layout.pipes:
+        files.replace_symlink(layout.pipes, layout.registry / "directory")
+
+
+def locate(config_path: str | os.PathLike[str]) -> Layout | None:
+    """Find the directories of a configuration without making any; `None` where no broker has ever run."""
+    config = _real(config_path)
+    recorded = _recorded(config)
+    if recorded is not None:
+        return Layout(config, recorded)
+    # Somebody may have removed {config}/pipes; the queue is still there to be looked at.
+    said = _read_format(config / "coordinator")
+    if said is None:
+        return None
+    plain, own = _candidates(str(said.get("profile")), config)
+    return Layout(config, own if _belongs(own, config) else plain)
+
+
+def read_profile(config_path: str | os.PathLike[str]) -> str | None:
+    """Return the name of the profile whose queue lies in a configuration directory; `None` if that is not known."""
+    said = _read_format(_real(config_path) / "coordinator")
+    return None if said is None else str(said.get("profile"))
+
+
+def remove_forgotten() -> int:
+    """Remove the pipes directories of this user whose configuration is gone; return how many."""
+    count = 0
+    for name in files.listed("/tmp"):
+        pipes = Path("/tmp", name)
+        if not (name.startswith("aiida_") and "_pipes" in name):
+            continue
+        with contextlib.suppress(OSError):
+            status = os.lstat(pipes)
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+                continue
+            config = os.readlink(pipes / _OWNER)
+            if os.path.isabs(config) and not os.path.lexists(config) and not _is_read(pipes):
+                for path in pipes.iterdir():
+                    if path.name != _OWNER:
+                        path.unlink()
+                (pipes / _OWNER).unlink()
+                pipes.rmdir()
+                count += 1
+    return count
+
+
+def _is_read(pipes: Path) -> bool:
+    return any(is_read(pipes / name) for name in files.listed(pipes))
+
+
+def _real(config_path: str | os.PathLike[str]) -> Path:
+    return Path(os.path.realpath(Path(config_path).expanduser()))
+
+
+def _check_format(queue: Path, profile: str, profile_uuid: str | None) -> None:
+    said = _read_format(queue)
+    ours = {"format": FORMAT, "profile": profile, "uuid": profile_uuid}
+    if said is None:
+        _adopt(queue)
+        draft = queue / f".format.{uuid.uuid4().hex}"
+        files.write_whole(draft, json.dumps(ours).encode())
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, queue / "format")
+        draft.unlink()
+        said = _read_format(queue) or ours
+    if said.get("format") != FORMAT:
+        raise DirectoryRefused(
+            f"{queue} has format {said.get('format')!r:.40}, and this version knows {FORMAT}: use the version that "
+            "made it, or set the directory aside."
+        )
+    if said.get("profile") != profile:
+        raise DirectoryRefused(
+            f"{queue} belongs to the profile '{said.get('profile')!s:.200}', not to '{profile}': name that profile, or "
+            "another configuration directory."
+        )
+    if None not in (said.get("uuid"), profile_uuid) and said["uuid"] != profile_uuid:
+        raise DirectoryRefused(
+            f"{queue} belongs to another profile that was called '{profile}' too: set it aside by "
+            f"'mv {queue} {queue}.old', or delete it."
+        )
+    if said.get("uuid") is None and profile_uuid is not None:
+        files.write_whole(queue / "format", json.dumps(ours).encode())
+
+
+def _read_format(queue: Path) -> dict[str, Any] | None:
+    try:
+        said = json.loads(files.read(queue / "format"))
+        return said if isinstance(said, dict) else {}
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        return None
+    except ValueError:
+        return {}
+
+
+def _adopt(queue: Path) -> None:
+    """Take over a queue from before there was a format: names of queues were quoted with capitals then."""
+    for name in list(files.listed(queue / "queues")):
+        with contextlib.suppress(OSError, ValueError):
+            new = name if name.startswith("=") else quoted(unquote(name, errors="strict"))
+            if new != name:
+                os.rename(queue / "queues" / name, queue / "queues" / new)
+
+
+def _recorded(config: Path) -> Path | None:
+    try:
+        return Path(os.readlink(config / "pipes" / "directory"))
+    except OSError:
+        return None
+
+
+def _candidates(profile: str, config: Path) -> tuple[Path, Path]:
+    digest = hashlib.sha256(f"{os.geteuid()}:".encode() + os.fsencode(config)).hexdigest()[:16]
+    plain = Path(f"/tmp/aiida_{quote(profile, safe='')}_pipes")
+    return plain, Path(f"{plain}_{digest}")
+
+
+def _choose(profile: str, config: Path) -> Path:
+    plain, own = _candidates(profile, config)
+    recorded = _recorded(config)
+    candidates = [plain, own] if not _belongs(own, config) else [own]
+    if recorded in candidates:
+        candidates.insert(0, recorded)
+    for pipes in candidates:
+        with contextlib.suppress(FileExistsError):
+            pipes.mkdir(mode=0o700)
+        if os.lstat(pipes).st_uid == os.geteuid():
+            _refuse_unsafe(pipes)
+            # Whose it is, is decided by this one call: it fails with EEXIST for all but one.
+            with contextlib.suppress(FileExistsError):
+                os.symlink(config, pipes / _OWNER)
+        if _belongs(pipes, config):
+            if recorded != pipes:
+                files.replace_symlink(pipes, config / "pipes" / "directory")
+            return pipes
+    raise DirectoryRefused(f"{own} belongs to somebody else: remove it, or ask the administrator to.")
+
+
+def _belongs(pipes: Path, config: Path) -> bool:
+    """Say whether a directory is this configuration's; refuse one that is, but that others could tamper with."""
+    try:
+        if os.lstat(pipes).st_uid != os.geteuid():
+            return False
+        _refuse_unsafe(pipes)
+        return os.readlink(pipes / _OWNER) == str(config)
+    except FileNotFoundError:
+        return False
+
+
+def _refuse_unsafe(pipes: Path) -> None:
+    mode = os.lstat(pipes).st_mode
+    if not stat.S_ISDIR(mode):
+        raise DirectoryRefused(f"{pipes} is not a directory: remove it.")
+    if mode & 0o077:
+        raise DirectoryRefused(f"{pipes} is open to other users: run 'chmod 700 {pipes}'.")
+
+
+# Names
+
+
+@functools.lru_cache(maxsize=1024)
+def quoted(name: str) -> str:
+    """Turn any text into something that can stand in a file name, different for different text.
+
+    :raises ValueError: the text is empty, or has no UTF-8 form (a lone surrogate).
+    """
+    if not name:
+        raise ValueError("a name must have at least one character")
+    # Capitals are quoted too, as some file systems take 'A' for 'a'.
+    text = re.sub("[A-Z]", lambda letter: f"%{ord(letter[0]):x}", re.sub("%..", _lower, quote(name, safe="")))
+    if text.startswith("."):
+        text = "%2e" + text[1:]
+    # '=' is never left unquoted, so a digest is never the quoted form of another name.
+    return text if len(text) <= _LONGEST_NAME else "=" + hashlib.sha256(name.encode()).hexdigest()
+
+
+def _lower(match: re.Match[str]) -> str:
+    return match[0].lower()
+
+
+def check_worker_id(worker_id: object) -> str:
+    """Return the worker id.
+
+    :raises ValueError: it cannot be one.
+    """
+    if not is_worker_id(worker_id):
+        raise ValueError(
+            f"{worker_id!r} cannot be a worker id: use 1 to 100 letters, digits, '.', '_' or '-', the first of them a "
+            "letter or digit"
+        )
+    return str(worker_id)
+
+
+def is_worker_id(name: object) -> bool:
+    """Say whether this can be a worker id."""
+    return isinstance(name, str) and _WORKER_ID.fullmatch(name) is not None
+
+
+def is_quoted(name: object) -> bool:
+    """Say whether a name that came in a message could have come from `quoted`, or is that of a task."""
+    return isinstance(name, str) and len(name) <= _LONGEST_NAME and _QUOTED.fullmatch(name) is not None
+
+
+def is_reply_pipe(name: object) -> bool:
+    """Say whether a name that came in a message is that of a reply pipe."""
+    return isinstance(name, str) and _REPLY.fullmatch(name) is not None
+
+
+def body_receiver(name: object) -> str | None:
+    """Return the pipe a large body is for, by the body's name; `None` if it is no such name."""
+    match = _BODY.fullmatch(name) if isinstance(name, str) else None
+    return match[1] if match and not set(match[1]) <= {"."} else None
+
+
+def pipe_owner(name: str) -> str | None:
+    """Return the worker id of a pipe, by its name; `None` if it is no worker's."""
+    kind, _, worker_id = name.partition("_")
+    return worker_id if kind in KINDS and is_worker_id(worker_id) else None
+
+
+def reply_pipe() -> str:
+    """Return a new name for a reply pipe."""
+    return f"reply_{os.getpid()}_{uuid.uuid4().hex}"
+
+
+def body_name(receiver: str) -> str:
+    """Return a new name for a body too large for a frame: it carries its receiver, whose death makes it an orphan."""
+    return f"body_{receiver}.{uuid.uuid4().hex}"
+
+
+def is_read(fifo: Path) -> bool:
+    """Say whether somebody reads a FIFO.
+
+    :raises OSError: the kernel did not say (no free descriptors, say): that is no proof of death.
+    """
+    try:
+        if not stat.S_ISFIFO(os.lstat(fifo).st_mode):
+            return False
+        os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW))
+        return True
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENOENT, errno.ENOTDIR):
+            return False
+        raise

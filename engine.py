@@ -1,0 +1,333 @@
+"""What a communicator is made of, its selector thread, and its end.
+
+Strategy: the selector thread reads what comes and hands it on: rings to the task lane, calls and broadcasts to the
+message lane, answers to the futures that wait for them. It runs no user code, and ends only by tearing down. Once in
+ten seconds it looks whether everything is as it should be.
+
+Rules:
+- The threads hold the `Engine` and never the `PipeCommunicator`, so that garbage collection can close it.
+- A finalizer takes no lock: it asks the selector thread, since whoever it interrupts may hold any lock.
+- Answers that need a user's decoder are decoded on a lane of their own; the built-in codec runs where they are read.
+- A forked child finds its copy closed, without any trace in the parent.
+
+Frames that a communicator sends and receives, by pipe (``frames.py`` says what a frame is):
+
+    coordinator_tasks       {"type": "task", "queue", "name"}            a task waits
+                            {"type": "register", "worker"}               read my registry entry
+                            {"type": "kept"}                             there is a broadcast in a file
+                            {"type": "report", "worker", "reply", "queue",
+                             "claimed" | "done" | "lost" | "rejected" | "returned": [names]}
+    coordinator_broadcast   {"body", "sender", "subject", "correlation_id"}, and the same to broadcast_{worker}
+    task_{worker}           {"type": "ring", "queue", "names"}           these tasks wait; claim them
+    rpc_{worker}            {"to", "body", "reply_to", "correlation_id"}
+    reply_{pid}_{uuid}      {"correlation_id", "result" | "exception" | "cancelled" | "pending" | "undelivered"}
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import os
+import random
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import kiwipy
+
+if TYPE_CHECKING or not __package__:
+    import burial
+    import directories
+    import discovery
+    import fifo
+    import files
+    import frames
+    import taskqueue
+    from calls import Calls, Reply
+    from lane import Lane
+    from life import Pipes
+    from poller import Poller
+    from post import Post
+    from subscribers import MessageSubscribers, Reports, Side, TaskSubscribers
+    from subscriptions import Subscriptions
+else:
+    from . import burial, directories, discovery, fifo, files, frames, taskqueue
+    from .calls import Calls, Reply
+    from .lane import Lane
+    from .life import Pipes
+    from .poller import Poller
+    from .post import Post
+    from .subscribers import MessageSubscribers, Reports, Side, TaskSubscribers
+    from .subscriptions import Subscriptions
+
+_LOGGER = logging.getLogger(__name__)
+LOOK_SECONDS = 10.0
+_FLUSH_SECONDS = 5.0
+
+
+class Engine:
+    """All of a communicator that its threads know."""
+
+    def __init__(
+        self,
+        layout: directories.Layout,
+        facade: Callable[[], Any],
+        worker_id: str | None,
+        prefetch: int,
+        codec: frames.Codec,
+        *,
+        fsync: bool,
+    ) -> None:
+        """
+        :param facade: gives the communicator that subscribers are called with; `None` once it has been collected.
+        """
+        self.layout = layout
+        self.closed = False
+        self._facade = facade
+        self.codec = codec
+        self.reply = directories.reply_pipe()
+        self._name = worker_id or self.reply
+        self._done = False
+        self._callbacks = Lane(f"pipebroker callbacks {self._name}")
+        self._decoding = Lane(f"pipebroker decoding {self._name}")
+        self.poller = Poller()
+        _engines.add(self)
+        try:
+            self._assemble(fsync)
+            self.default = self.subscriptions.side(None, prefetch)
+            self._pipes.open(self.reply, self._answered)
+            if worker_id is not None:
+                self.subscriptions.live(worker_id)
+            self.poller.call(lambda: self.poller.later(random.random() * LOOK_SECONDS, self._look))
+            self._thread = threading.Thread(target=self._run, name=f"pipebroker {self._name}", daemon=True)
+            self._thread.start()
+        except BaseException:
+            _engines.discard(self)
+            self.closed = self._done = True
+            self._tear_down()
+            raise
+
+    def _assemble(self, fsync: bool) -> None:
+        self.calls = Calls(self._callbacks, self.codec.decode)
+        self.post = Post(self.layout, self.poller, self.codec, self._on_death)
+        self._reports = Reports(self.post, self.poller, self._whose)
+        self.tasks = TaskSubscribers(
+            self.post, self.codec, self._reports, Lane(f"pipebroker tasks {self._name}"), self._facade
+        )
+        self.messages = MessageSubscribers(
+            self.post, self.codec, Lane(f"pipebroker messages {self._name}"), self._facade
+        )
+        handlers: dict[str, Callable[[fifo.Reader, bytes], None]] = {
+            "task": self._rung,
+            "rpc": functools.partial(self._served, self.messages.called),
+            "broadcast": functools.partial(self._served, self.messages.heard),
+        }
+        self._pipes = Pipes(self.layout, self.poller)
+        self.subscriptions = Subscriptions(
+            self.layout, self.poller, self.post, self.tasks, self.messages, self.reply, handlers, fsync=fsync
+        )
+
+    def _whose(self) -> dict[str, str]:
+        return {"worker": self.subscriptions.worker_id, "reply": self.reply}
+
+    # Sending
+
+    def send_task(self, side: Side, body: Any, no_reply: bool) -> Reply | None:
+        """Put a task on the disk and ring the coordinator."""
+        self.subscriptions.ensure_open()
+        self._start_decoding()
+        correlation_id, future = (None, None) if no_reply else self.calls.expect(None)
+        try:
+            document = {"body": body, "no_reply": bool(no_reply), "reply_to": None, "correlation_id": correlation_id}
+            text = self.codec.encode(document if no_reply else {**document, "reply_to": self.reply})
+            task_id = taskqueue.new_id()
+            side.queue.put(task_id, text, lambda: self.post.ring_task(side.key, task_id))
+        except BaseException:
+            self.calls.forget(correlation_id)
+            raise
+        return future
+
+    def _start_decoding(self) -> None:
+        if self.codec.runs_user_code:
+            self._decoding.start()
+
+    def send_rpc(self, recipient: Any, body: Any) -> Reply:
+        """Send a call straight to its recipient."""
+        self.subscriptions.ensure_open()
+        self._start_decoding()
+        try:
+            directories.quoted(str(recipient))
+        except ValueError as error:
+            raise kiwipy.UnroutableError(f"no RPC subscriber can be called '{recipient}': {error}") from None
+        return self.post.call(self.calls, self.reply, str(recipient), body)
+
+    def send_broadcast(self, body: Any, sender: Any, subject: Any, correlation_id: Any) -> None:
+        """Send a broadcast to the coordinator, or keep it for the next one."""
+        self.subscriptions.ensure_open()
+        self.post.broadcast({"body": body, "sender": sender, "subject": subject, "correlation_id": correlation_id})
+
+    # Pulling tasks
+
+    def pull(self, side: Side) -> taskqueue.Task | None:
+        """Claim the oldest waiting task; `None` if none waits."""
+        self.subscriptions.hold(side)
+        return self.tasks.pull(side, functools.partial(burial.bury_claimants, self.layout, side.queue))
+
+    def pull_each(self, side: Side) -> Iterator[taskqueue.Task]:
+        """Claim waiting tasks, oldest first, until there are none that have not been offered."""
+        self.subscriptions.hold(side)
+        burial.bury_claimants(self.layout, side.queue)
+        return self.tasks.pull_each(side, self.subscriptions.ensure_open)
+
+    # The selector thread
+
+    def _run(self) -> None:
+        while not self._done:
+            self.poller.poll()
+        self._tear_down()
+
+    def _unpacked(self, reader: fifo.Reader, data: bytes) -> frames.Message | None:
+        """Return the message in a frame; `None` if it cannot be had, or has been read already."""
+        try:
+            return fifo.unpack(data, reader.path, self.poller)
+        except FileNotFoundError:
+            pass
+        except (frames.Garbage, OSError) as error:
+            _LOGGER.warning("%s: a frame that cannot be read: %s", reader.path, error)
+        return None
+
+    def _rung(self, reader: fifo.Reader, data: bytes) -> None:
+        message = self._unpacked(reader, data)
+        if message is not None:
+            self._use(reader, self.tasks.rung, message)
+
+    def _use(self, reader: fifo.Reader, take: Callable[[frames.Message], None], message: frames.Message) -> None:
+        try:
+            take(message)
+        except frames.Garbage as error:
+            _LOGGER.warning("%s: a frame that cannot be used: %s", reader.path, error)
+
+    def _served(self, serve: Callable[[frames.Message], None], reader: fifo.Reader, data: bytes) -> None:
+        # Unpacked in the lane, as that may take long.
+        self.messages.lane.put(functools.partial(self._serve, serve, reader, data))
+
+    def _serve(self, serve: Callable[[frames.Message], None], reader: fifo.Reader, data: bytes) -> None:
+        message = self._unpacked(reader, data)
+        if message is not None:
+            serve(message)
+
+    def _answered(self, reader: fifo.Reader, data: bytes) -> None:
+        message = self._unpacked(reader, data)
+        if message is not None:
+            self._decoded(functools.partial(self._use, reader, self.calls.answer, message))
+
+    def _decoded(self, job: Callable[[], None]) -> None:
+        if self.codec.runs_user_code:
+            self._decoding.put(job)
+        else:
+            job()
+
+    def _on_death(self, writer: fifo.Writer) -> None:
+        if writer in self.calls.ways():
+            # What the recipient wrote before it died is in our pipe by now.
+            self._pipes.drain(self.reply)
+            error = kiwipy.DeliveryFailed("the recipient died or closed before it answered")
+            self._decoded(lambda: self.calls.fail(writer, error))
+
+    # Looking after oneself
+
+    def _look(self) -> None:
+        self.poller.later(LOOK_SECONDS, self._look)
+        for step in (
+            functools.partial(directories.remake, self.layout),
+            self._pipes.look,
+            self.subscriptions.look,
+            self.tasks.look,
+            self.post.look,
+            self._find_bodies,
+            self._ask_after_recipients,
+        ):
+            try:
+                step()
+            except Exception as error:
+                _LOGGER.error("%s cannot look after itself: %s: %s", self._name, type(error).__name__, error)
+
+    def _find_bodies(self) -> None:
+        """Read the messages whose doorbell was lost, with whoever sent them."""
+        for name in files.listed(self.layout.pipes) if self.calls or self.messages.rpc else ():
+            receiver = directories.body_receiver(name)
+            if receiver == self.reply:
+                self._pipes.inject(self.reply, frames.claim_check(name))
+            elif receiver is not None:
+                self.subscriptions.inject(receiver, frames.claim_check(name))
+
+    def _ask_after_recipients(self) -> None:
+        for way in self.calls.ways():
+            if isinstance(way, fifo.Writer):
+                owner = directories.pipe_owner(way.path.name) or ""
+                if os.path.lexists(self.layout.lock(owner)) and not discovery.is_alive(self.layout, owner):
+                    self._on_death(way)
+
+    # The end
+
+    def close_soon(self) -> None:
+        """Close in the selector thread; safe to be called by the garbage collector in any thread."""
+        if not self.closed:
+            self.closed = self.subscriptions.closed = True
+            self.poller.call(self._stop)
+
+    def close(self) -> None:
+        """Close, and wait until it is done."""
+        self.close_soon()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+            for lane in (self.tasks.lane, self.messages.lane, self._decoding, self._callbacks):
+                lane.join()
+
+    def disown(self) -> None:
+        """Be closed, in a forked child; the poller has closed its copies itself."""
+        self.closed = self._done = self.calls.closed = self.subscriptions.closed = True
+
+    def _stop(self) -> None:
+        self._done = True
+
+    def _tear_down(self) -> None:
+        # From the outside in: first nobody gives us anything more, then we give back, then we vanish.
+        steps: list[Callable[[], object]] = [
+            self.subscriptions.leave,
+            self._reports.send,
+            lambda: self.poller.flush(_FLUSH_SECONDS),
+            self.post.close,
+            self.subscriptions.end,
+            lambda: self._pipes.close(bodies=True),
+            self.poller.close,
+            self._decoding.finish,
+            self.calls.close,
+        ]
+        for step in steps:
+            try:
+                step()
+            except Exception:
+                _LOGGER.exception("Closing %s went wrong", self._name)
+        self.tasks.lane.stop()
+        self.messages.lane.stop()
+        self._callbacks.finish()
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for engine in list(_engines):
+        engine.close()
+
+
+def _disown_copies() -> None:
+    for engine in list(_engines):
+        engine.disown()
+
+
+os.register_at_fork(after_in_child=_disown_copies)

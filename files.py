@@ -1,0 +1,153 @@
+"""Files and directories that others may have replaced, removed or left half done.
+
+Strategy: read what is there as if a stranger had put it there, and write so that nobody ever meets half of it.
+
+Rules:
+- A file appears under its name only when it is whole: it is written under a dot-name and renamed.
+- What is read is a regular file, not a symlink, and reading it never blocks: a FIFO may lie where a file should.
+- A directory that is not there is empty.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+_READ_SIZE = 1 << 16
+_DRAFT_KEPT_SECONDS = 3600.0
+
+
+class NotAFile(ValueError):
+    """Something that is not a regular file lies where one should."""
+
+
+def read(path: Path | str) -> bytes:
+    """Return what a file holds, with as few system calls as it takes: this is done for each task.
+
+    :raises NotAFile: it is a directory, a symlink or a socket. (A FIFO is empty.)
+    :raises OSError: it cannot be read now.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            raise NotAFile(f"{path} is not a regular file") from error
+        raise
+    try:
+        data = os.read(descriptor, _READ_SIZE)
+        if len(data) < _READ_SIZE:
+            return data
+        parts = [data]
+        while parts[-1]:
+            parts.append(os.read(descriptor, 16 * _READ_SIZE))
+        return b"".join(parts)
+    except IsADirectoryError as error:
+        raise NotAFile(f"{path} is not a regular file") from error
+    except BlockingIOError:
+        return b""
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that nobody ever meets half of it.
+
+    :raises OSError: it cannot be written; nothing is left of it.
+    """
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "wb", buffering=0) as file:
+            write_all(file.fileno(), data)
+        draft.rename(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of it, in as many calls as it takes."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def replace_symlink(target: Path | str, link: Path) -> None:
+    """Make a symlink, in one step even where there is one already."""
+    draft = link.with_name(f".{link.name}.{uuid.uuid4().hex}")
+    os.symlink(target, draft)
+    draft.rename(link)
+
+
+def sync(descriptor: int) -> None:
+    """Wait until the disk has it: macOS's fsync(2) only hands it to the drive, and its F_FULLFSYNC waits (fcntl(2))."""
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
+def sync_directory(directory: Path | str) -> None:
+    """Wait until the disk has a directory's entries."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directories(directory: Path) -> None:
+    """Make a directory for this user alone, and its parents; wait until the disk has those that are made."""
+    if directory.is_dir():
+        return
+    make_directories(directory.parent)
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    sync_directory(directory.parent)
+
+
+def listed(directory: Path | str, *, hidden: bool = False) -> Iterator[str]:
+    """Yield the names in a directory as the disk gives them, one by one: there may be 100,000.
+
+    :param hidden: those that begin with a dot, rather than the others.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") == hidden:
+                yield entry.name
+
+
+def is_older(path: Path | str, seconds: float) -> bool:
+    """Say whether something was last moved or changed so long ago; what is gone is not."""
+    try:
+        return os.lstat(path).st_ctime < time.time() - seconds
+    except OSError:
+        return False
+
+
+def remove(path: Path | str) -> bool:
+    """Remove a file; say whether this call did."""
+    try:
+        os.unlink(path)
+        return True
+    except OSError:
+        return False
+
+
+def sweep_drafts(directory: Path) -> Iterator[bool]:
+    """Remove what writers that died left half written, in steps: it yields whether it has removed something."""
+    for name in listed(directory, hidden=True):
+        path = directory / name
+        try:
+            old = os.lstat(path).st_mtime < time.time() - _DRAFT_KEPT_SECONDS
+        except OSError:
+            continue
+        yield old and name != ".config" and remove(path)

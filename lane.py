@@ -1,0 +1,93 @@
+"""A thread that runs jobs one after the other, for code that is not ours and may take any time.
+
+Strategy: subscribers, callbacks of futures and a user's decoder each have a lane of their own, so that none of them
+ever runs on the selector thread, and each may wait for a reply. The thread is started when it is first needed, in
+whoever is about to need it, who can be told that the system has no room for one."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+_LOGGER = logging.getLogger(__name__)
+_PATIENCE_SECONDS = 5.0
+
+
+class Lane:
+    """A thread that runs jobs one after the other. Safe in any thread; `_mutex` decides what is before the end."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._mutex = threading.RLock()
+        self._busy = False
+        self._finishing = False
+        self._ended = False
+        self._stopped = False
+
+    def start(self) -> None:
+        """Start the thread, where that has not been done.
+
+        :raises RuntimeError: the system has no room for another thread.
+        """
+        with self._mutex:
+            if self._thread is None and not self._ended and not self._stopped:
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                thread.start()
+                self._thread = thread
+
+    def put(self, job: Callable[[], object]) -> None:
+        """Run a job after those that wait; at once where the lane has finished, and never where it was stopped."""
+        with self._mutex:
+            if not self._ended:
+                self._jobs.put(job)
+                return
+        self._try(job)
+
+    def is_empty(self) -> bool:
+        """Say whether no job waits."""
+        return self._jobs.empty()
+
+    def stop(self) -> None:
+        """Start no job any more."""
+        with self._mutex:
+            self._stopped = True
+            self._jobs.put(None)
+
+    def finish(self) -> None:
+        """Run the jobs that wait, and then end; jobs that come later run where they come from."""
+        with self._mutex:
+            self._finishing = True
+            self._ended = self._thread is None
+            self._jobs.put(None)
+
+    def join(self) -> None:
+        """After `stop` or `finish`, wait for the thread's end, but not for user code that may take any time."""
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread() and not self._busy:
+            thread.join(_PATIENCE_SECONDS)
+
+    def _run(self) -> None:
+        while True:
+            job = self._jobs.get()
+            with self._mutex:
+                if self._stopped:
+                    return
+                if self._finishing and self._jobs.empty():
+                    self._ended = True
+                self._busy = job is not None
+            if job is not None:
+                self._try(job)
+            del job  # It may hold the last reference to a communicator.
+            self._busy = False
+            if self._ended:
+                return
+
+    def _try(self, job: Callable[[], object]) -> None:
+        try:
+            job()
+        except BaseException:
+            _LOGGER.exception("Error in %s", self._name)

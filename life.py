@@ -1,0 +1,260 @@
+"""Coming and going: the pipes of a communicator, and the life of a worker under its id.
+
+Strategy: a communicator that only sends has a reply pipe. One that subscribes to something, or holds tasks, has a life
+as a worker too: the lock of its id first, before anything else of it exists, then pipes, entry and routes, and the
+lock last when it goes. Every ten seconds, and when it stumbles over it, it looks whether all that is in place, and
+makes again what is not. Nobody has to tell it.
+
+Rules:
+- What the last life under the id left is buried before this one begins, with the lock in hand.
+- A pipe that lost its name is made again, and the old one goes on being read: others may have it open.
+- Who finds another's lock under its id has lost the id, and what it claimed with it: it begins a new life.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import kiwipy
+
+if TYPE_CHECKING or not __package__:
+    import burial
+    import directories
+    import discovery
+    import files
+    from fifo import Reader, is_inode, open_for_writing
+    from poller import Poller, guarded, no_fork
+else:
+    from . import burial, directories, discovery, files
+    from .fifo import Reader, is_inode, open_for_writing
+    from .poller import Poller, guarded, no_fork
+
+_LOGGER = logging.getLogger(__name__)
+_PATIENCE_SECONDS = 5.0
+_FIRST_PAUSE_SECONDS = 0.001
+
+
+class Pipes:
+    """The pipes that a communicator reads. Opened under their owner's lock, read and closed in the selector thread."""
+
+    def __init__(self, layout: directories.Layout, poller: Poller) -> None:
+        self._layout = layout
+        self._poller = poller
+        self._readers: dict[str, list[Reader]] = {}
+        self._handlers: dict[str, Callable[[Reader, bytes], None]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._readers
+
+    def open(self, name: str, handler: Callable[[Reader, bytes], None]) -> None:
+        """Make a pipe, and call `handler` in the selector thread for each frame that comes.
+
+        :raises OSError: it cannot be made.
+        """
+        if name not in self._readers:
+            self._handlers[name] = handler
+            self._add(name)
+
+    def _add(self, name: str) -> None:
+        reader = Reader(self._poller, self._layout.pipes / name)
+        self._readers.setdefault(name, []).append(reader)
+        handler = self._handlers[name]
+        self._poller.call(lambda: reader.start(lambda _: guarded(reader.read(), functools.partial(handler, reader))))
+
+    def drain(self, name: str) -> None:
+        """Handle all frames that have come to a pipe."""
+        for reader in self._readers.get(name, []):
+            guarded(reader.drain(), functools.partial(self._handlers[name], reader))
+
+    def inject(self, name: str, data: bytes) -> None:
+        """Handle a frame as if it had come by a pipe."""
+        for reader in self._readers.get(name, [])[-1:]:
+            guarded([data], functools.partial(self._handlers[name], reader))
+
+    def look(self) -> None:
+        """Make again what has lost its name, and touch the rest, so that nobody takes it for forgotten."""
+        for name, readers in list(self._readers.items()):
+            with contextlib.suppress(OSError):
+                if readers[-1].is_in_place():
+                    os.utime(readers[-1].path)
+                else:
+                    _LOGGER.warning("%s had vanished, and is made again", readers[-1].path)
+                    self._add(name)
+
+    def close(self, *, bodies: bool) -> None:
+        """Close the pipes.
+
+        :param bodies: remove what they were sent and have not read, too: it is still ours.
+        """
+        readers, self._readers = self._readers, {}
+        for same in readers.values():
+            for reader in same:
+                reader.close()
+        for name in files.listed(self._layout.pipes) if bodies else ():
+            if directories.body_receiver(name) in readers:
+                files.remove(self._layout.pipes / name)
+
+
+class Life:
+    """One life of a worker. Used under its owner's lock."""
+
+    def __init__(self, layout: directories.Layout, poller: Poller, worker_id: str | None) -> None:
+        """Take the lock of the id, and bury what its last life left.
+
+        :param worker_id: `None`: one is made up.
+        :raises kiwipy.DuplicateSubscriberIdentifier: a live worker has it.
+        :raises OSError: the lock cannot be made.
+        """
+        self.worker_id = worker_id or f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
+        self.since = time.time()
+        self.routes: set[str] = set()
+        self.pipes = Pipes(layout, poller)
+        self.buried = burial.Buried()
+        self._layout = layout
+        self._poller = poller
+        self._entry: discovery.Worker | None = None
+        self._lock = self._take_patiently()
+        if worker_id is not None:
+            burial.bury_owned(layout, {worker_id: self._lock}, self.buried, keep=True)
+
+    def _take_patiently(self) -> discovery.Lock:
+        """Take the lock; whoever buries the last life has it for a moment."""
+        deadline, pause = time.monotonic() + _PATIENCE_SECONDS, _FIRST_PAUSE_SECONDS
+        while True:
+            lock = self._take()
+            if lock is not None:
+                return lock
+            if self._is_registered() or time.monotonic() > deadline:
+                raise kiwipy.DuplicateSubscriberIdentifier(f"worker id '{self.worker_id}' is taken by a live worker")
+            # flock(2) has no time limit, and a thread that waits in it cannot be ended.
+            threading.Event().wait(pause)
+            pause *= 2
+
+    def _take(self) -> discovery.Lock | None:
+        with no_fork:
+            lock = discovery.WorkerLock.take(self._layout, self.worker_id, make=True)
+            if lock is not None:
+                self._poller.descriptors.add(lock.descriptor)
+        return lock
+
+    def _is_registered(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            reply = discovery.Worker.read(self._layout.entry(self.worker_id)).reply
+            return directories.is_read(self._layout.pipes / reply)
+        return False
+
+    def register(self, worker: discovery.Worker) -> None:
+        """Write the registry entry.
+
+        :raises OSError: it cannot be written.
+        """
+        worker.register(self._layout)
+        self._entry = worker
+
+    def claim_route(self, identifier: str) -> bool:
+        """Lead an RPC identifier to this worker; say whether no live one has it.
+
+        :raises OSError: the route cannot be made.
+        """
+        for _ in range(3):
+            owner = discovery.claim_route(self._layout, identifier, self.worker_id)
+            if owner is None:
+                self.routes.add(identifier)
+                return True
+            buried = burial.bury(self._layout, [owner])
+            self.buried.tasks += buried.tasks
+            if not buried.worker_ids and os.path.lexists(self._layout.route(identifier)):
+                return False
+        return False
+
+    def take_given_back(self) -> list[tuple[str, str]]:
+        """Return what waits again because we buried somebody, once: the key of the queue, and the name."""
+        given, self.buried.tasks = self.buried.tasks, []
+        return given
+
+    def release_route(self, identifier: str) -> None:
+        """Take an RPC identifier back."""
+        self.routes.discard(identifier)
+        discovery.release_route(self._layout, identifier, self.worker_id)
+
+    def look(self) -> bool:
+        """Make again what is not in place; say whether this life still has its id.
+
+        :raises OSError: something cannot be made.
+        """
+        if not self._lock.is_in_place():
+            lock = self._take()
+            if lock is None:
+                return not os.path.lexists(self._layout.lock(self.worker_id))
+            _LOGGER.warning("The lock of worker %s had vanished, and is made again", self.worker_id)
+            self._let_go()
+            self._lock = lock
+        self.pipes.look()
+        for identifier in list(self.routes):
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self._layout.route(identifier), follow_symlinks=False)
+                continue
+            if not self.claim_route(identifier):
+                _LOGGER.error("The RPC identifier '%s' has been taken by another worker", identifier)
+        if self._entry is not None and not self._is_entry_ours():
+            self.register(self._entry)
+        return True
+
+    def _is_entry_ours(self) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            return self._entry == discovery.Worker.read(self._layout.entry(self.worker_id))
+        return False
+
+    def leave(self) -> None:
+        """Vanish, but for what was claimed, and the lock."""
+        for identifier in list(self.routes):
+            self.release_route(identifier)
+        files.remove(self._layout.entry(self.worker_id))
+
+    def end(self) -> None:
+        """Close the pipes, and let go of the lock. In the selector thread."""
+        self.pipes.close(bodies=True)
+        burial.remove_claims(self._layout, self.worker_id, self._lock)
+        self._let_go()
+
+    def abandon(self) -> None:
+        """Close what another has now: nothing on the disk is ours any more. In the selector thread."""
+        self.pipes.close(bodies=False)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        with no_fork:
+            self._poller.descriptors.discard(self._lock.descriptor)
+            self._lock.release()
+
+
+class Intake:
+    """The coordinator's broadcast intake, held open for writing by whoever listens.
+
+    What lies in a FIFO outlives its reader as long as somebody has it open: the next coordinator reads it.
+    """
+
+    def __init__(self, layout: directories.Layout, poller: Poller) -> None:
+        self._path = layout.pipes / directories.BROADCAST_INTAKE
+        self._poller = poller
+        self._descriptor: int | None = None
+
+    def hold(self) -> None:
+        """Open it, where somebody reads it and we do not have it open."""
+        if self._descriptor is not None and is_inode(self._path, os.fstat(self._descriptor).st_ino):
+            return
+        with no_fork, contextlib.suppress(OSError):
+            descriptor = open_for_writing(self._path)
+            self._poller.descriptors.add(descriptor)
+            old, self._descriptor = self._descriptor, descriptor
+            if old is not None:
+                self._poller.descriptors.discard(old)
+                os.close(old)

@@ -1,0 +1,413 @@
+"""The workers that the coordinator knows, and the queues in which it shares out tasks among them.
+
+Strategy: a worker is met when its registry entry is read, and it is known as long as somebody reads its reply pipe, to
+which the coordinator holds a writing end. That pipe's death is the event to look; the lock of the worker's id is the
+proof, and a dying process lets go of both one by one. So the suspects of some milliseconds are tried together, and who
+still holds the lock is tried again soon.
+
+Rules:
+- The coordinator keeps the names of tasks, never bodies, and of a queue to which nobody subscribes not even those.
+- A report counts for the life that made it: it carries the name of its reply pipe.
+- Whatever is not said here is found by housekeeping: an entry that was not read, a death that was not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING or not __package__:
+    import burial
+    import directories
+    import discovery
+    import fifo
+    import frames
+    import taskqueue
+    from poller import Poller
+    from scheduler import Member, Scheduler
+else:
+    from . import burial, directories, discovery, fifo, frames, taskqueue
+    from .poller import Poller
+    from .scheduler import Member, Scheduler
+
+_LOGGER = logging.getLogger("coordinator")
+_OUTBOX_FRAMES = 10_000
+_COLLECT_SECONDS = 0.005
+_LONGEST_PAUSE_SECONDS = 10.0
+_REPORTS = ("claimed", "lost", "done", "rejected", "returned")
+
+
+@dataclass(eq=False)
+class Peer:
+    """A live worker, and the ways to it."""
+
+    worker: discovery.Worker
+    reply: fifo.Writer
+    task: fifo.Writer | None = None
+    broadcast: fifo.Writer | None = None
+    members: dict[str, Member] = field(default_factory=dict)
+    logged_drops: int = 0
+
+    def writers(self) -> list[fifo.Writer]:
+        """Return the ways."""
+        return [writer for writer in (self.reply, self.task, self.broadcast) if writer is not None]
+
+
+class Queue:
+    """One queue on the disk and, as long as it has subscribers, the scheduler that shares its tasks out."""
+
+    def __init__(self, key: str, queue: taskqueue.TaskQueue) -> None:
+        self.key = key
+        self.queue = queue
+        self.due: float | None = None
+        """When it is looked at again though nothing happens."""
+        self._scheduler: Scheduler | None = None
+
+    @property
+    def is_served(self) -> bool:
+        """Whether somebody subscribes to it."""
+        return self._scheduler is not None
+
+    def join(self, member: Member) -> None:
+        """A worker subscribes, or does so once more."""
+        if self._scheduler is None:
+            self._scheduler = Scheduler()
+            for name in self.queue.names():
+                self._scheduler.add(name)
+        self._scheduler.join(member)
+
+    def leave(self, member: Member) -> None:
+        """A worker unsubscribes, or is gone."""
+        if self._scheduler is not None:
+            self._scheduler.leave(member)
+            if not self._scheduler.members:
+                self._scheduler = None
+
+    def add(self, name: str) -> None:
+        """A task waits."""
+        if self._scheduler is not None:
+            self._scheduler.add(name)
+
+    def report(self, member: Member | None, kind: str, name: str) -> None:
+        """A worker, a subscriber or not, says what became of a task."""
+        if self._scheduler is None:
+            return
+        if member is None:
+            (self._scheduler.add if kind in ("rejected", "returned") else self._scheduler.withdraw)(name)
+        elif kind == "claimed":
+            self._scheduler.claimed(member, name)
+        elif kind == "done":
+            self._scheduler.done(member, name)
+        elif kind == "rejected":
+            self._scheduler.refuse(member, name)
+        elif kind == "returned":
+            self._scheduler.give_back(member, name)
+        elif kind == "lost" and self._scheduler.lose(member, name) and self.queue.is_waiting(name):
+            self._scheduler.add(name)
+
+    def dispatch(self) -> tuple[dict[Member, list[str]], float | None]:
+        """Return whom to ring for what, and when to look again though nothing happens."""
+        return self._scheduler.dispatch(time.monotonic()) if self._scheduler is not None else ({}, None)
+
+    def drift(self) -> Iterator[None]:
+        """Compare what is believed with the disk, in steps."""
+        if self._scheduler is not None:
+            members = list(self._scheduler.members)
+            held = ((member, self.queue.names(f"claimed/{member.name}")) for member in members)
+            yield from self._scheduler.drift(time.monotonic(), self.queue.names(), held)
+
+
+class Queues:
+    """The queues, and what each of them is to ring next. It lives in the coordinator's thread."""
+
+    def __init__(self, layout: directories.Layout, poller: Poller) -> None:
+        self._layout = layout
+        self._poller = poller
+        self._queues: dict[str, Queue] = {}
+        self._touched: dict[Queue, None] = {}
+
+    def get(self, key: object) -> Queue | None:
+        """Return a queue, in which something has happened; `None` if there is none of that name.
+
+        :raises frames.Garbage: there cannot be one.
+        """
+        if not isinstance(key, str) or (key and not directories.is_quoted(key)):
+            raise frames.Garbage("it names a queue that cannot be")
+        queue = self._queues.get(key)
+        if queue is None:
+            directory = self._layout.queue_directory(key)
+            if not directory.is_dir():
+                return None
+            queue = self._queues[key] = Queue(key, taskqueue.TaskQueue(directory))
+        self._touched[queue] = None
+        return queue
+
+    def add(self, key: str, name: str) -> None:
+        """A task waits."""
+        queue = self.get(key)
+        if queue is not None:
+            queue.add(name)
+
+    def dispatch(self, ring: Callable[[str, Queue, list[str]], None]) -> None:
+        """Share out what waits in the queues in which something has happened.
+
+        :param ring: called with a worker id, a queue and names.
+        """
+        touched, self._touched = self._touched, {}
+        for queue in touched:
+            rings, again = queue.dispatch()
+            for member, names in rings.items():
+                ring(member.name, queue, names)
+            if again is not None and (queue.due is None or again < queue.due):
+                queue.due = again
+                self._poller.later(max(0.0, again - time.monotonic()), functools.partial(self._look, queue))
+
+    def _look(self, queue: Queue) -> None:
+        queue.due = None
+        self._touched[queue] = None
+
+    def look(self) -> Iterator[None]:
+        """Compare each queue with the disk, and remove what is old in it, in steps."""
+        for key, directory in self._layout.queues().items():
+            queue = self._queues.get(key)
+            if queue is not None and queue.is_served:
+                yield from queue.drift()
+                self._touched[queue] = None
+            for _ in taskqueue.TaskQueue(directory).sweep():
+                yield
+        self._queues = {key: queue for key, queue in self._queues.items() if queue.is_served}
+
+
+class Peers:
+    """The workers that are known. It lives in the coordinator's thread."""
+
+    def __init__(self, layout: directories.Layout, poller: Poller, queues: Queues) -> None:
+        self._layout = layout
+        self._poller = poller
+        self._queues = queues
+        self._peers: dict[str, Peer] = {}
+        self._whose: dict[fifo.Writer, str] = {}
+        self._suspects: dict[str, float] = {}
+        """Who may be dead, and how long to wait before the next try."""
+        self._undertaker = burial.Undertaker(layout)
+
+    def meet(self, worker_id: str) -> None:
+        """Read a worker's entry, and come to know it, know it better, or forget it."""
+        peer = self._peers.get(worker_id)
+        try:
+            worker = discovery.Worker.read(self._layout.entry(worker_id))
+        except FileNotFoundError:
+            if peer is not None:
+                _LOGGER.info("Worker %s (pid %d) left", worker_id, peer.worker.pid)
+                self._forget(peer)
+            return
+        except (OSError, ValueError) as error:
+            _LOGGER.warning("%s", error)
+            return
+        if peer is not None and peer.worker.reply != worker.reply:
+            self._died(peer)
+            peer = None
+        try:
+            if peer is None:
+                peer = Peer(worker, self._writer(worker.reply, worker_id))
+                self._peers[worker_id] = peer
+                _LOGGER.info("Worker %s (pid %d) came", worker_id, worker.pid)
+            peer.worker = worker
+            self._connect(peer)
+        except OSError as error:
+            if error.errno not in (errno.ENXIO, errno.ENOENT):
+                _LOGGER.error("Worker %s cannot be reached: %s", worker_id, error)
+            elif peer is None:
+                self._suspect(worker_id)
+
+    def _writer(self, name: str, worker_id: str, **options: Any) -> fifo.Writer:
+        writer = fifo.Writer(self._poller, self._layout.pipes / name, self._on_death, **options)
+        self._whose[writer] = worker_id
+        return writer
+
+    def _close(self, writer: fifo.Writer | None) -> None:
+        if writer is not None:
+            self._whose.pop(writer, None)
+            writer.close()
+
+    def _connect(self, peer: Peer) -> None:
+        """Open the ways that are missing, or whose pipe was made again, and join the queues."""
+        worker_id, queues = peer.worker.worker_id, peer.worker.queues
+        if peer.task is not None and not (queues and peer.task.is_in_place()):
+            self._close(peer.task)
+            peer.task = None
+            self._leave(peer, list(peer.members))
+        if peer.broadcast is not None and not (peer.worker.broadcast and peer.broadcast.is_in_place()):
+            self._close(peer.broadcast)
+            peer.broadcast, peer.logged_drops = None, 0
+        if peer.worker.broadcast and peer.broadcast is None:
+            name = f"broadcast_{worker_id}"
+            peer.broadcast = self._writer(name, worker_id, limit=_OUTBOX_FRAMES, drops_oldest=True)
+        if queues and peer.task is None:
+            peer.task = self._writer(f"task_{worker_id}", worker_id)
+        self._leave(peer, [key for key in peer.members if key not in queues])
+        for key, prefetch in queues.items():
+            self._join(peer, key, prefetch)
+
+    def _join(self, peer: Peer, key: str, prefetch: int) -> None:
+        queue = self._queues.get(key)
+        if queue is not None:
+            member = peer.members.get(key)
+            if member is None:
+                worker_id = peer.worker.worker_id
+                member = Member(worker_id, prefetch, held=set(queue.queue.names(f"claimed/{worker_id}")))
+                peer.members[key] = member
+            member.prefetch = prefetch
+            queue.join(member)
+
+    def _leave(self, peer: Peer, keys: list[str]) -> None:
+        for key in keys:
+            member, queue = peer.members.pop(key), self._queues.get(key)
+            if queue is not None:
+                queue.leave(member)
+
+    def _forget(self, peer: Peer) -> None:
+        self._leave(peer, list(peer.members))
+        del self._peers[peer.worker.worker_id]
+        for writer in peer.writers():
+            self._close(writer)
+
+    def _on_death(self, writer: fifo.Writer, left: list[bytes]) -> None:
+        for data in left:
+            fifo.discard(data, writer.path)
+        peer = self._peers.get(self._whose.pop(writer, ""))
+        if peer is None or writer not in peer.writers():
+            return
+        if self._layout.entry(peer.worker.worker_id).exists():
+            self._died(peer)
+        else:
+            _LOGGER.info("Worker %s (pid %d) left", peer.worker.worker_id, peer.worker.pid)
+            self._forget(peer)
+
+    # Death
+
+    def _died(self, peer: Peer) -> None:
+        _LOGGER.warning("Worker %s (pid %d) died", peer.worker.worker_id, peer.worker.pid)
+        self._forget(peer)
+        self._suspect(peer.worker.worker_id)
+
+    def _suspect(self, worker_id: str) -> None:
+        if not self._suspects:
+            self._poller.later(_COLLECT_SECONDS, self.bury)
+        self._suspects.setdefault(worker_id, 2 * _COLLECT_SECONDS)
+
+    def bury(self) -> None:
+        """Bury those of the suspects who are dead, and try the others again soon."""
+        suspects, self._suspects = self._suspects, {}
+        self._take(burial.bury(self._layout, suspects))
+        for worker_id, pause in suspects.items():
+            left = worker_id not in self._peers and self._layout.lock(worker_id).exists()
+            if left and pause < _LONGEST_PAUSE_SECONDS:
+                self._suspects[worker_id] = 2 * pause
+        if self._suspects:
+            self._poller.later(min(self._suspects.values()), self.bury)
+
+    def bury_all(self) -> None:
+        """Bury whoever is dead, whether or not anything tells of it."""
+        self._take(self._undertaker.round())
+
+    def _take(self, buried: burial.Buried) -> None:
+        for key, name in buried.tasks:
+            self._queues.add(key, name)
+        for worker_id in buried.worker_ids:
+            _LOGGER.info("Removed what worker %s left", worker_id)
+
+    # What comes and goes
+
+    def report(self, message: frames.Message) -> None:
+        """Take a report.
+
+        :raises frames.Garbage: it is none.
+        """
+        queue, peer = self._queues.get(message.get("queue")), self._peers.get(str(message.get("worker")))
+        if queue is None:
+            return
+        if peer is not None and message.get("reply", peer.worker.reply) != peer.worker.reply:
+            peer = None
+        member = peer.members.get(queue.key) if peer is not None else None
+        for kind in _REPORTS:
+            names = message.get(kind, [])
+            if not isinstance(names, list):
+                raise frames.Garbage(f"its {kind!r} is no list")
+            for name in filter(directories.is_quoted, names):
+                queue.report(member, kind, str(name))
+
+    def ring(self, worker_id: str, queue: Queue, names: list[str]) -> None:
+        """Tell a worker that tasks wait."""
+        peer = self._peers.get(worker_id)
+        if peer is None or peer.task is None:
+            return
+        data = frames.frame(frames.encode({"type": "ring", "queue": queue.key, "names": names}))
+        if data is None:
+            self.ring(worker_id, queue, names[: len(names) // 2])
+            self.ring(worker_id, queue, names[len(names) // 2 :])
+        else:
+            # If it has just died, its death gives them back.
+            with contextlib.suppress(BrokenPipeError, BufferError):
+                peer.task.send(data)
+
+    def fan_out(self, data: bytes, source: Any, sent: float | None = None) -> None:
+        """Forward a broadcast to all who listen.
+
+        :param source: the path of the pipe that it is in, or for.
+        :param sent: when it was sent, in seconds since the epoch: those who listen only since then do not get it.
+        """
+        for peer in list(self._peers.values()):
+            if peer.broadcast is not None and (sent is None or peer.worker.listens_since <= sent):
+                try:
+                    peer.broadcast.send(fifo.readdress(data, peer.broadcast.path, source))
+                except BrokenPipeError:
+                    continue
+                except OSError as error:
+                    _LOGGER.error("A broadcast to %s was dropped: %s", peer.worker.worker_id, error)
+        fifo.discard(data, source)
+
+    def dropped(self) -> dict[str, int]:
+        """Return how many broadcasts were dropped for whom, as he does not read."""
+        counts = {}
+        for worker_id, peer in self._peers.items():
+            if peer.broadcast is not None and peer.broadcast.dropped:
+                counts[worker_id] = peer.broadcast.dropped
+        return counts
+
+    def look(self) -> Iterator[None]:
+        """Find who came or died without our hearing of it, in steps."""
+        for worker in discovery.workers(self._layout):
+            peer = self._peers.get(worker.worker_id)
+            if peer is None or peer.worker != worker or self._lacks_a_way(peer):
+                self.meet(worker.worker_id)
+            yield
+        for peer in list(self._peers.values()):
+            if not self._layout.entry(peer.worker.worker_id).exists() and not peer.reply.is_in_place():
+                self._suspect(peer.worker.worker_id)
+            self._say_drops(peer)
+            yield
+        self.bury_all()
+
+    def _lacks_a_way(self, peer: Peer) -> bool:
+        lacks = (peer.worker.queues and peer.task is None) or (peer.worker.broadcast and peer.broadcast is None)
+        return bool(lacks) or not all(writer.is_in_place() for writer in peer.writers()[1:])
+
+    def _say_drops(self, peer: Peer) -> None:
+        if peer.broadcast is not None and peer.broadcast.dropped > peer.logged_drops:
+            count = peer.broadcast.dropped - peer.logged_drops
+            _LOGGER.warning("Worker %s does not read: %d broadcasts to it were dropped", peer.worker.worker_id, count)
+            peer.logged_drops = peer.broadcast.dropped
+
+    def close(self) -> None:
+        """Close all ways."""
+        for peer in list(self._peers.values()):
+            for writer in peer.writers():
+                self._close(writer)
+        self._peers.clear()

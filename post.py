@@ -1,0 +1,347 @@
+"""What leaves a communicator: tasks' rings, broadcasts, calls and answers.
+
+Strategy: whatever is sent is written straight from the calling thread. A task's ring, a broadcast and a report go to
+the coordinator, and calls and answers straight to whom they are for. Each call for which an answer is awaited stands
+in `Calls` under its correlation id until the answer has come, or whoever owes it has died.
+
+Rules:
+- A ring may be lost: whoever comes next finds on the disk what it was for.
+- A broadcast that finds no coordinator becomes a file, ``kept_{time}-{uuid}``, for the next one.
+- The outcome of a task must outlive whoever sends it: what the pipe does not take at once is a body on the disk first,
+  and only the doorbell waits in memory. (Of 4,000 outcomes of 1 kB in flight at once, 54 met a full pipe.)
+- A reply pipe whose name is gone (``ENOENT``) may belong to somebody alive who will make it again: the answer becomes a
+  body all the same. Where the pipe is there and nobody reads it (``ENXIO``), nobody waits for an answer.
+- Whoever waits is answered, also when no descriptor is free, and when the answer cannot be expressed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import kiwipy
+
+if TYPE_CHECKING or not __package__:
+    import directories
+    import discovery
+    import fifo
+    import files
+    import frames
+    from calls import Calls, Reply, failure
+    from poller import Poller
+else:
+    from . import directories, discovery, fifo, files, frames
+    from .calls import Calls, Reply, failure
+    from .poller import Poller
+
+_LOGGER = logging.getLogger(__name__)
+KEPT_SECONDS = 60.0
+"""How long a broadcast is kept for a coordinator."""
+_KEPT = 1000
+_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
+
+
+class Kept:
+    """The broadcasts that found no coordinator, a file each. It has no state but the disk's."""
+
+    def __init__(self, pipes: Path, ring: Callable[[frames.Message], None]) -> None:
+        self._pipes = pipes
+        self._ring = ring
+
+    def add(self, text: str) -> None:
+        """Keep a broadcast.
+
+        :raises OSError: there is no room.
+        """
+        self._make_room(1)
+        files.write_whole(self._new(), text.encode())
+        self._ring({"type": "kept"})  # A coordinator may have come just now.
+
+    def add_frames(self, left: list[bytes], path: Path) -> None:
+        """Keep the newest of the broadcasts that are in frames for a pipe, or in the bodies that these name."""
+        for data in left[:-_KEPT]:
+            fifo.discard(data, path)
+        self._say_dropped(len(left[:-_KEPT]))
+        self._make_room(len(left[-_KEPT:]))
+        for data in left[-_KEPT:]:
+            body = fifo.claimed_body(data, path)
+            try:
+                if body is None:
+                    files.write_whole(self._new(), frames.text(data).encode())
+                else:
+                    os.rename(body, self._new())
+            except OSError as error:
+                _LOGGER.warning("A broadcast is dropped, since it could neither be sent nor kept: %s", error)
+        self._ring({"type": "kept"})
+
+    def _new(self) -> Path:
+        return self._pipes / f"kept_{time.time_ns():020d}-{uuid.uuid4().hex}"
+
+    def _make_room(self, number: int) -> None:
+        kept = sorted(name for name in files.listed(self._pipes) if name.startswith("kept_"))
+        excess = len(kept) + number - _KEPT
+        old = [
+            name
+            for index, name in enumerate(kept)
+            if index < excess or files.is_older(self._pipes / name, KEPT_SECONDS)
+        ]
+        self._say_dropped(sum(files.remove(self._pipes / name) for name in old))
+
+    def _say_dropped(self, count: int) -> None:
+        if count:
+            _LOGGER.warning("%d broadcasts are dropped: no coordinator took them", count)
+
+
+class Post:
+    """The ways out of a communicator, one `fifo.Writer` for each pipe. Safe in any thread.
+
+    `_mutex` guards the table of writers, and nothing is sent while it is held.
+    """
+
+    def __init__(
+        self,
+        layout: directories.Layout,
+        poller: Poller,
+        codec: frames.Codec,
+        on_death: Callable[[fifo.Writer], None],
+    ) -> None:
+        """
+        :param on_death: called in the selector thread with the way to a pipe that nobody reads any more.
+        """
+        self._layout = layout
+        self._poller = poller
+        self._codec = codec
+        self._on_death = on_death
+        self._kept = Kept(layout.pipes, self.ring)
+        self._writers: dict[str, fifo.Writer] = {}
+        self._mutex = threading.RLock()
+        self._closed = False
+
+    def writer(self, name: str) -> fifo.Writer | None:
+        """Return the way to a pipe; `None` if nobody reads it.
+
+        :raises OSError: it cannot be opened now.
+        """
+        writer = self._writers.get(name)
+        if writer is not None and not writer.dead:
+            return writer
+        with self._mutex:
+            writer = self._writers.get(name)
+            if self._closed:
+                return None
+            if writer is None or writer.dead:
+                try:
+                    writer = fifo.Writer(
+                        self._poller,
+                        self._layout.pipes / name,
+                        self._died,
+                        drops_oldest=name == directories.BROADCAST_INTAKE,
+                    )
+                except OSError as error:
+                    if error.errno in (errno.ENXIO, errno.ENOENT):
+                        return None
+                    raise
+                self._writers[name] = writer
+            return writer
+
+    def _died(self, writer: fifo.Writer, left: list[bytes]) -> None:
+        with self._mutex:
+            if self._writers.get(writer.path.name) is writer:
+                del self._writers[writer.path.name]
+        self._give_up(writer, left)
+        self._on_death(writer)
+
+    def _give_up(self, writer: fifo.Writer, left: list[bytes]) -> None:
+        if writer.path.name == directories.BROADCAST_INTAKE:
+            if left:
+                self._kept.add_frames(left, writer.path)
+            return
+        for data in left:
+            fifo.discard(data, writer.path)
+
+    def look(self) -> None:
+        """Say what was dropped. In the selector thread, now and then."""
+        with self._mutex:
+            writers = list(self._writers.values())
+        for writer in writers:
+            if writer.dropped:
+                count, writer.dropped = writer.dropped, 0
+                _LOGGER.warning("%s is not read: %d messages to it were dropped", writer.path, count)
+
+    def close(self) -> None:
+        """Close all ways; keep what must be kept of what they have not taken, and say what is dropped.
+
+        In the selector thread.
+        """
+        self.look()
+        with self._mutex:
+            self._closed = True
+            writers, self._writers = list(self._writers.values()), {}
+        for writer in writers:
+            left = writer.take_back()
+            writer.close()
+            if directories.is_reply_pipe(writer.path.name):
+                # Its reader looks for bodies itself, so what is on the disk is not lost with its doorbell.
+                left = [data for data in left if frames.claimed(data) is None]
+            if left and writer.path.name != directories.BROADCAST_INTAKE:
+                _LOGGER.warning("%s is not read: %d messages to it are dropped", writer.path, len(left))
+            self._give_up(writer, left)
+
+    # To the coordinator
+
+    def ring(self, message: frames.Message) -> None:
+        """Tell the coordinator something that it could also read from the disk; do not mind if it does not hear."""
+        data = frames.frame(frames.encode(message))
+        with contextlib.suppress(OSError, BufferError):
+            for _ in range(2):
+                writer = self.writer(directories.TASKS_INTAKE)
+                if writer is not None and data is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        writer.send(data)
+                        return
+
+    def ring_task(self, key: str, name: str) -> None:
+        """Tell the coordinator that a task waits."""
+        self.ring({"type": "task", "queue": key, "name": name})
+
+    def broadcast(self, message: frames.Message) -> None:
+        """Send a broadcast to the coordinator, or keep it for the next one.
+
+        :raises TypeError: JSON cannot express it.
+        :raises OSError: it could neither be sent nor kept.
+        """
+        text = self._codec.encode(message)
+        try:
+            if not self._send_broadcast(text):
+                self._kept.add(text)
+        except OSError as error:
+            if error.errno not in _NO_DESCRIPTOR:
+                raise
+            with self._poller.spare_descriptor():
+                self._leave_broadcast(text)
+
+    def _send_broadcast(self, text: str) -> bool:
+        for _ in range(2):
+            writer = self.writer(directories.BROADCAST_INTAKE)
+            if writer is None:
+                return False
+            data = fifo.pack(text, writer.path)
+            try:
+                writer.send(data)
+                return True
+            except BrokenPipeError:
+                fifo.discard(data, writer.path)
+        return False
+
+    def _leave_broadcast(self, text: str) -> None:
+        path = self._layout.pipes / directories.BROADCAST_INTAKE
+        data = fifo.pack(text, path)
+        try:
+            fifo.write_once(path, data)
+        except OSError:
+            fifo.discard(data, path)
+            self._kept.add(text)
+
+    # To others
+
+    def call(self, calls: Calls, reply_to: str, recipient: str, body: Any) -> Reply:
+        """Send a call straight to its recipient; return the future of the answer.
+
+        :raises kiwipy.UnroutableError: nobody has the identifier.
+        :raises kiwipy.DeliveryFailed: its recipient does not read, and too many calls wait for it already.
+        :raises TypeError: JSON cannot express the body.
+        :raises OSError: it could not be sent.
+        """
+        route = self._layout.route(recipient)
+        # A second time, since the pipe that we know may belong to a life of the recipient that is over.
+        for _ in range(2):
+            pipe = discovery.route_target(route)
+            writer = self.writer(pipe) if pipe else None
+            if writer is None:
+                break
+            correlation_id, future = calls.expect(writer)
+            try:
+                text = self._codec.encode(
+                    {"to": recipient, "body": body, "reply_to": reply_to, "correlation_id": correlation_id}
+                )
+                data = fifo.pack(text, writer.path)
+                try:
+                    writer.send(data)
+                    return future
+                except (BrokenPipeError, BufferError) as error:
+                    fifo.discard(data, writer.path)
+                    calls.forget(correlation_id)
+                    if isinstance(error, BufferError):
+                        raise kiwipy.DeliveryFailed(str(error)) from error
+            except BaseException:
+                calls.forget(correlation_id)
+                raise
+        raise kiwipy.UnroutableError(f"no RPC subscriber '{recipient}'")
+
+    def answer(self, reply_to: object, correlation_id: object, *, outlives: bool = False, **fields: Any) -> None:
+        """Send an answer to whoever waits for it.
+
+        :param outlives: it is the outcome of a task: where the pipe does not take it, it goes to the disk first.
+        """
+        if not directories.is_reply_pipe(reply_to):
+            return
+        try:
+            text = self._codec.encode({"correlation_id": correlation_id, **fields})
+        except Exception as error:
+            text = self._excuse(correlation_id, error)
+        path = self._layout.pipes / str(reply_to)
+        try:
+            self._deliver(text, path, outlives)
+        except OSError as error:
+            _LOGGER.error("An answer to %s could not be sent: %s", path, error)
+            with contextlib.suppress(OSError):
+                self._deliver(self._excuse(correlation_id, error), path, outlives)
+
+    def _excuse(self, correlation_id: object, error: BaseException) -> str:
+        return frames.encode(
+            {"correlation_id": correlation_id, "exception": f"the result cannot be sent: {failure(error)['exception']}"}
+        )
+
+    def _deliver(self, text: str, path: Path, outlives: bool) -> None:
+        try:
+            for _ in range(2):
+                writer = self.writer(path.name)
+                if writer is None:
+                    if not os.path.lexists(path):
+                        fifo.pack_body(text, path)
+                    return
+                with contextlib.suppress(BrokenPipeError):
+                    self._send(text, writer, outlives)
+                    return
+        except OSError as error:
+            if error.errno not in _NO_DESCRIPTOR:
+                raise
+            with self._poller.spare_descriptor():
+                fifo.leave(text, path)
+
+    def _send(self, text: str, writer: fifo.Writer, outlives: bool) -> None:
+        data = frames.frame(text)
+        if data is not None and writer.offer(data):
+            return
+        if data is None or outlives:
+            try:
+                data = fifo.pack_body(text, writer.path)
+            except OSError:
+                if data is None:
+                    raise
+        try:
+            writer.send(data)
+        except BrokenPipeError:
+            fifo.discard(data, writer.path)
+            raise
+        except BufferError:
+            if fifo.claimed_body(data, writer.path) is None:
+                fifo.pack_body(text, writer.path)  # It is found when the receiver looks for bodies itself.

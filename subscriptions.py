@@ -1,0 +1,291 @@
+"""Who subscribes to what, and the life as a worker that this takes.
+
+Strategy: the first subscription, and the first task that is held, begin a life (``life.py``): an id with its lock.
+Each one after it opens the pipe that it needs, and writes the registry entry anew before it tells the coordinator to
+read it.
+
+Rules:
+- A subscription that fails halfway is none: it is taken out again.
+- Nothing waits for another process here but a new life for whoever buries the last one, five seconds at most.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import kiwipy
+
+if TYPE_CHECKING or not __package__:
+    import directories
+    import discovery
+    import fifo
+    import files
+    import taskqueue
+    from life import Intake, Life
+    from poller import Poller
+    from post import Post
+    from subscribers import MessageSubscribers, Side, TaskSubscribers
+else:
+    from . import directories, discovery, fifo, files, taskqueue
+    from .life import Intake, Life
+    from .poller import Poller
+    from .post import Post
+    from .subscribers import MessageSubscribers, Side, TaskSubscribers
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Subscriptions:
+    """Who subscribes to what, and the life that this takes. `_mutex` guards it; no user code runs inside."""
+
+    def __init__(
+        self,
+        layout: directories.Layout,
+        poller: Poller,
+        post: Post,
+        tasks: TaskSubscribers,
+        messages: MessageSubscribers,
+        reply: str,
+        handlers: dict[str, Callable[[fifo.Reader, bytes], None]],
+        *,
+        fsync: bool,
+    ) -> None:
+        """
+        :param reply: the name of the communicator's reply pipe.
+        :param handlers: what is to be done when a pipe can be read, by its kind.
+        """
+        self._layout = layout
+        self._poller = poller
+        self._post = post
+        self._tasks = tasks
+        self._messages = messages
+        self._reply = reply
+        self._handlers = handlers
+        self._fsync = fsync
+        self._life: Life | None = None
+        self._intake = Intake(layout, poller)
+        self._listens_since = 0.0
+        self._mutex = threading.RLock()
+        self.closed = False
+
+    def ensure_open(self) -> None:
+        """:raises kiwipy.CommunicatorClosed: it is closed."""
+        if self.closed:
+            raise kiwipy.CommunicatorClosed
+
+    def side(self, name: str | None, prefetch: int) -> Side:
+        """Return this communicator's side of a queue.
+
+        :param name: as the user wrote it; `None`: the default one.
+        :param prefetch: 0: as it is.
+        """
+        key = "" if name is None else directories.quoted(name)
+        with self._mutex:
+            side = self._tasks.sides.get(key)
+            if side is None:
+                queue = taskqueue.TaskQueue(self._layout.queue_directory(key), fsync=self._fsync)
+                queue.make()
+                if name is not None and not os.path.lexists(queue.directory / "name"):
+                    files.write_whole(queue.directory / "name", name.encode())
+                side = self._tasks.sides[key] = Side(key, queue, prefetch)
+            elif prefetch and prefetch != side.prefetch:
+                side.prefetch = prefetch
+                if side.subscribers:
+                    self._register()
+            return side
+
+    def hold(self, side: Side) -> None:
+        """See to it that this communicator may hold tasks of a queue."""
+        with self._mutex:
+            self.ensure_open()
+            life = self.live(None)
+            if side.claims is None:
+                side.claims = taskqueue.Claims(side.queue, life.worker_id)
+
+    def live(self, worker_id: str | None) -> Life:
+        """Return our life as a worker; begin it where it has not begun."""
+        with self._mutex:
+            if self._life is None:
+                life = Life(self._layout, self._poller, worker_id)
+                self._life = life
+                self._register()
+                self._ring_given_back(life)
+            return self._life
+
+    def _ring_given_back(self, life: Life) -> None:
+        for key, name in life.take_given_back():
+            self._post.ring_task(key, name)
+
+    def add_task(self, side: Side, subscriber: Callable[..., Any], identifier: Any) -> Any:
+        """Subscribe to a task queue."""
+        with self._mutex, self._adding(side.subscribers, subscriber, identifier, "Task") as identifier:
+            self._tasks.lane.start()
+            self.hold(side)
+            self._open("task")
+            self._register()
+            return identifier
+
+    def remove_task(self, side: Side, identifier: Any) -> None:
+        """Unsubscribe from a task queue."""
+        with self._mutex:
+            self._remove(side.subscribers, identifier, "task")
+            if not side.subscribers:
+                self._register()
+
+    def add_rpc(self, subscriber: Callable[..., Any], identifier: Any) -> Any:
+        """Subscribe to the calls for an identifier."""
+        with self._mutex, self._adding(self._messages.rpc, subscriber, identifier, "RPC") as identifier:
+            self._messages.lane.start()
+            life = self.live(None)
+            if self._open("rpc"):
+                self._register()
+            free = life.claim_route(str(identifier))
+            self._ring_given_back(life)
+            if not free:
+                raise kiwipy.DuplicateSubscriberIdentifier(f"RPC identifier '{identifier}'")
+            return identifier
+
+    def remove_rpc(self, identifier: Any) -> None:
+        """Unsubscribe from the calls for an identifier."""
+        with self._mutex:
+            self._remove(self._messages.rpc, identifier, "RPC")
+            if self._life is not None:
+                self._life.release_route(str(identifier))
+
+    def add_broadcast(self, subscriber: Callable[..., Any], identifier: Any) -> Any:
+        """Subscribe to all broadcasts."""
+        with self._mutex, self._adding(self._messages.broadcast, subscriber, identifier, "Broadcast") as identifier:
+            self._messages.lane.start()
+            if len(self._messages.broadcast) == 1:
+                self.live(None)
+                self._open("broadcast")
+                self._listens_since = time.time()
+                self._intake.hold()
+                self._register()
+            return identifier
+
+    def remove_broadcast(self, identifier: Any) -> None:
+        """Unsubscribe from broadcasts."""
+        with self._mutex:
+            self._remove(self._messages.broadcast, identifier, "broadcast")
+            if not self._messages.broadcast:
+                self._register()
+
+    @contextlib.contextmanager
+    def _adding(self, subscribers: dict[str, Any], subscriber: Any, identifier: Any, kind: str) -> Iterator[Any]:
+        """Add a subscriber, and take it out again if what has to follow fails."""
+        self.ensure_open()
+        if not callable(subscriber):
+            raise TypeError(f"the subscriber must be callable, not {subscriber!r}")
+        identifier = uuid.uuid4().hex if identifier in (None, "") else identifier
+        if str(identifier) in subscribers:
+            raise kiwipy.DuplicateSubscriberIdentifier(f"{kind} identifier '{identifier}'")
+        subscribers[str(identifier)] = subscriber
+        try:
+            yield identifier
+        except BaseException:
+            subscribers.pop(str(identifier), None)
+            raise
+
+    def _remove(self, subscribers: dict[str, Any], identifier: Any, kind: str) -> None:
+        self.ensure_open()
+        if subscribers.pop(str(identifier), None) is None:
+            raise ValueError(f"unknown {kind} subscriber '{identifier}'")
+
+    def _open(self, kind: str) -> bool:
+        """Make a pipe of ours; say whether there was none."""
+        life = self.live(None)
+        name = f"{kind}_{life.worker_id}"
+        if name in life.pipes:
+            return False
+        life.pipes.open(name, self._handlers[kind])
+        return True
+
+    def _register(self) -> None:
+        life = self._life
+        if life is None:
+            return
+        # What has no pipe yet is registered once it has one.
+        sides = list(self._tasks.sides.values()) if f"task_{life.worker_id}" in life.pipes else []
+        listens = bool(self._messages.broadcast) and f"broadcast_{life.worker_id}" in life.pipes
+        life.register(
+            discovery.Worker(
+                worker_id=life.worker_id,
+                pid=os.getpid(),
+                since=life.since,
+                reply=self._reply,
+                queues={side.key: side.prefetch for side in sides if side.subscribers},
+                rpc=f"rpc_{life.worker_id}" in life.pipes,
+                broadcast=listens,
+                listens_since=self._listens_since if listens else 0.0,
+            )
+        )
+        self._post.ring({"type": "register", "worker": life.worker_id})
+
+    def look(self) -> None:
+        """Make again what is not in place; begin a new life where another has the id. In the selector thread."""
+        with self._mutex:
+            life = self._life
+            if life is None or self.closed:
+                return
+            if self._messages.broadcast:
+                self._intake.hold()
+            if not life.look():
+                self._live_again(life)
+
+    def _live_again(self, lost: Life) -> None:
+        _LOGGER.error("Another process has the worker id %s now: what it held is for others", lost.worker_id)
+        lost.abandon()
+        self._life = None
+        life = self.live(None)
+        for side in self._tasks.sides.values():
+            if side.claims is not None:
+                side.claims = taskqueue.Claims(side.queue, life.worker_id)
+        for kind, has in (
+            ("task", any(side.subscribers for side in self._tasks.sides.values())),
+            ("rpc", self._messages.rpc),
+            ("broadcast", self._messages.broadcast),
+        ):
+            if has:
+                self._open(kind)
+        for identifier in self._messages.rpc:
+            if not life.claim_route(identifier):
+                _LOGGER.error("The RPC identifier '%s' has been taken by another worker", identifier)
+        self._register()
+
+    def inject(self, receiver: str, data: bytes) -> None:
+        """Take a frame as if it had come by our RPC pipe, if that is who it is for. In the selector thread."""
+        life = self._life
+        if life is not None and receiver == f"rpc_{life.worker_id}":
+            life.pipes.inject(receiver, data)
+
+    @property
+    def worker_id(self) -> str:
+        """The id of our life as a worker; that of none is the name of the reply pipe."""
+        life = self._life
+        return life.worker_id if life is not None else self._reply
+
+    def leave(self) -> None:
+        """Give back what is held, and let nobody find us any more. In the selector thread."""
+        with self._mutex:
+            # Whoever was about to subscribe has done so now, and nobody can any more.
+            life, sides = self._life, list(self._tasks.sides.values())
+        if life is None:
+            return
+        life.leave()
+        self._post.ring({"type": "register", "worker": life.worker_id})
+        for side in sides:
+            for name in side.claims.close() if side.claims is not None else []:
+                self._post.ring_task(side.key, name)
+
+    def end(self) -> None:
+        """Close the pipes, and let go of the id. In the selector thread."""
+        if self._life is not None:
+            self._life.end()
