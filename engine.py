@@ -173,11 +173,15 @@ class Engine:
     def pull(self, side: Side) -> taskqueue.Task | None:
         """Claim the oldest waiting task; `None` if none waits."""
         self.subscriptions.hold(side)
-        return self.tasks.pull(side, functools.partial(burial.bury_claimants, self.layout, side.queue))
+        bury = functools.partial(burial.bury_claimants, self.layout, side.queue)
+        task = self.tasks.pull(side, bury)
+        # What was dropped waits again as soon as the selector thread has seen to it.
+        return self.tasks.pull(side, bury) if task is None and self.poller.catch_up() else task
 
     def pull_each(self, side: Side) -> Iterator[taskqueue.Task]:
         """Claim waiting tasks, oldest first, until there are none that have not been offered."""
         self.subscriptions.hold(side)
+        self.poller.catch_up()
         burial.bury_claimants(self.layout, side.queue)
         return self.tasks.pull_each(side, self.subscriptions.ensure_open)
 

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 _LOGGER = logging.getLogger(__name__)
+_PATIENCE_SECONDS = 1.0
 
 
 class Outbox(Protocol):
@@ -102,6 +103,12 @@ class Poller:
                 self._awake = True
                 with contextlib.suppress(BlockingIOError):
                     os.write(self._wake_write, b"\0")
+
+    def catch_up(self) -> bool:
+        """Wait until what was asked for has been done; say whether it was. In any thread but the selector's."""
+        done = threading.Event()
+        self.call(done.set)
+        return done.wait(_PATIENCE_SECONDS)
 
     def later(self, seconds: float, call: Callable[[], object]) -> None:
         """Have the selector thread call something after so many seconds. Only in the selector thread."""

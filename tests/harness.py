@@ -114,6 +114,10 @@ def is_gone(pid: int) -> bool:
     return said.stdout.strip()[:1] in ("", "Z")
 
 
+def _path() -> list[str]:
+    return [path for path in [os.environ.get("PYTHONPATH")] if path]
+
+
 class Child:
     """A process that runs a script; its lines can be waited for, and its standard input ends it."""
 
@@ -122,7 +126,7 @@ class Child:
             [sys.executable, "-c", script, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), *_path()]), "PYTHONUNBUFFERED": "1"},
         )
         self.pid = self.process.pid
         self._rest = b""
