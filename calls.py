@@ -86,9 +86,15 @@ class Call:
 class Calls:
     """The calls that await an answer. Safe in any thread: each entry is put in by one call, and taken out by one."""
 
-    def __init__(self, callbacks: Lane, decode: Callable[[frames.Message, str], Any]) -> None:
+    def __init__(
+        self, callbacks: Lane, decode: Callable[[frames.Message, str], Any], prepare: Callable[[], None]
+    ) -> None:
+        """
+        :param prepare: called before an answer is awaited.
+        """
         self._callbacks = callbacks
         self._decode = decode
+        self._prepare = prepare
         self._pending: dict[str, Call] = {}
         self._numbers = itertools.count(1)
         self.closed = False
@@ -101,6 +107,7 @@ class Calls:
 
         :raises kiwipy.CommunicatorClosed: there will be none.
         """
+        self._prepare()
         correlation_id, future = f"{next(self._numbers):x}", Reply(self._callbacks)
         self._pending[correlation_id] = Call(future, way)
         if self.closed:

@@ -30,8 +30,9 @@ def broker(tmp_path: Path) -> Iterator[Broker]:
         yield made
         made.stack.close()
         left = sorted(path.name for path in made.pipes.iterdir()) if made.pipes.exists() else []
-        # The intakes wait for the next coordinator, and an outcome a minute for a sender that may have lost its pipe.
-        assert [name for name in left if not name.startswith((".config", "coordinator_", "body_reply_"))] == []
+        # The intakes and broadcasts wait for a coordinator, and outcomes for a sender that may have lost its pipe.
+        kept = (".config", "coordinator_", "kept_", "body_reply_")
+        assert [name for name in left if not name.startswith(kept)] == []
         registry = made.config_path / "pipes"
         assert sorted(path.name for path in registry.glob("worker_*")) == []
         layout = directories.locate(made.config_path)

@@ -80,9 +80,7 @@ class Engine:
         *,
         fsync: bool,
     ) -> None:
-        """
-        :param facade: gives the communicator that subscribers are called with; `None` once it has been collected.
-        """
+        """:param facade: gives the communicator, `None` once it has been collected."""
         self.layout = layout
         self.closed = False
         self._facade = facade
@@ -110,7 +108,9 @@ class Engine:
             raise
 
     def _assemble(self, fsync: bool) -> None:
-        self.calls = Calls(self._callbacks, self.codec.decode)
+        # The lane is started where the caller can be told that there is no room for a thread.
+        prepare = self._decoding.start if self.codec.runs_user_code else lambda: None
+        self.calls = Calls(self._callbacks, self.codec.decode, prepare)
         self.post = Post(self.layout, self.poller, self.codec, self._on_death)
         self._reports = Reports(self.post, self.poller, self._whose)
         self.tasks = TaskSubscribers(
@@ -137,7 +137,6 @@ class Engine:
     def send_task(self, side: Side, body: Any, no_reply: bool) -> Reply | None:
         """Put a task on the disk and ring the coordinator."""
         self.subscriptions.ensure_open()
-        self._start_decoding()
         correlation_id, future = (None, None) if no_reply else self.calls.expect(None)
         try:
             document = {"body": body, "no_reply": bool(no_reply), "reply_to": None, "correlation_id": correlation_id}
@@ -149,14 +148,9 @@ class Engine:
             raise
         return future
 
-    def _start_decoding(self) -> None:
-        if self.codec.runs_user_code:
-            self._decoding.start()
-
     def send_rpc(self, recipient: Any, body: Any) -> Reply:
         """Send a call straight to its recipient."""
         self.subscriptions.ensure_open()
-        self._start_decoding()
         try:
             directories.quoted(str(recipient))
         except ValueError as error:
