@@ -35,11 +35,11 @@ if TYPE_CHECKING or not __package__:
     import fifo
     import files
     import frames
-    from calls import Reply, failure
+    from calls import Calls, Reply, failure
     from poller import Poller
 else:
     from . import directories, discovery, fifo, files, frames
-    from .calls import Reply, failure
+    from .calls import Calls, Reply, failure
     from .poller import Poller
 
 _LOGGER = logging.getLogger(__name__)
