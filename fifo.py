@@ -209,7 +209,7 @@ class Writer:
                 finally:
                     self._busy = False
         finally:
-            if self.is_full or self._trash:
+            if self._outbox or self._reentered or self._trash:
                 self._poller.call(self._tend)
 
     def _write(self, data: bytes) -> bool:

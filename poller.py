@@ -16,7 +16,6 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-import functools
 import heapq
 import itertools
 import logging
@@ -120,7 +119,11 @@ class Poller:
             left = max(0.0, self._timers[0][0] - time.monotonic())
             timeout = left if timeout is None else min(timeout, left)
         for key, mask in self._selector.select(timeout):
-            self._try(functools.partial(key.data, mask))
+            # Written out, since this is done for each message.
+            try:
+                key.data(mask)
+            except Exception:
+                _LOGGER.exception("An event could not be handled")
         self.run_timers(time.monotonic())
 
     def run_timers(self, until: float) -> None:
