@@ -219,20 +219,22 @@ class Engine:
     def _answered(self, reader: fifo.Reader, data: bytes) -> None:
         message = self._unpacked(reader, data)
         if message is not None:
-            self._decoded(functools.partial(self._use, reader, self.calls.answer, message))
-
-    def _decoded(self, job: Callable[[], None]) -> None:
-        if self.codec.runs_user_code:
-            self._decoding.put(job)
-        else:
-            job()
+            job = functools.partial(self._use, reader, self.calls.answer, message)
+            if self.codec.concerns_user(message, "result"):
+                self._decoding.put(job)
+            else:
+                job()
 
     def _on_death(self, writer: fifo.Writer) -> None:
         if writer in self.calls.ways():
             # What the recipient wrote before it died is in our pipe by now.
             self._pipes.drain(self.reply)
             error = kiwipy.DeliveryFailed("the recipient died or closed before it answered")
-            self._decoded(lambda: self.calls.fail(writer, error))
+            fail = functools.partial(self.calls.fail, writer, error)
+            if self.codec.runs_user_code:
+                self._decoding.put(fail)  # After the answers that are still being decoded.
+            else:
+                fail()
 
     # Looking after oneself
 

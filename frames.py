@@ -160,6 +160,10 @@ class Codec:
         """Whether decoding may take any time, wait for something, or raise anything."""
         return self._decoder is not None
 
+    def concerns_user(self, message: Message, key: str) -> bool:
+        """Say whether decoding a field of this very message runs a user's code."""
+        return self.runs_user_code and isinstance(message.get(key), dict | list)
+
     def encode(self, message: Message) -> str:
         """Turn a message into JSON.
 

@@ -65,7 +65,6 @@ with communicator(fsync=False) as sender:
         sender.task_send(f"{arguments[0]}-{number}", no_reply=True)
 """
 # Each line that it is given is one more worker, made by fork(2), as starting a process takes long.
-# Each line that it is given is one more worker, made by fork(2), as starting a process takes long.
 FORKER = """
 import signal, threading
 from pathlib import Path

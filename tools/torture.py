@@ -242,15 +242,17 @@ class Torture:
         return int(counts["waiting"] + counts["claimed"] + counts["failed"])
 
     def _left(self, layout: directories.Layout) -> list[str]:
-        """Return the files that are there although nobody runs; those that go by their age are made old."""
-        # An outcome for a sender whose pipe is gone is kept for a minute.
-        kept = (".config", "coordinator_", "body_reply_")
+        """Return the files that are there although nobody runs."""
+        # An outcome for a sender whose pipe is gone is kept for a minute, and so is the body of a broadcast whose
+        # sender was killed before it rang.
+        kept = (".config", "coordinator_", "body_reply_", "body_coordinator_broadcast.")
         found = [path for path in layout.pipes.iterdir() if not path.name.startswith(kept)]
         found += [*layout.registry.glob("worker_*"), *layout.registry.glob(".*"), *layout.queue.rglob("claimed/*")]
         found += [path for path in layout.queue.rglob(".*")]
         for path in found:
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(path, (0, 0), follow_symlinks=False)
+            if path.name.startswith("."):
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(path, (0, 0), follow_symlinks=False)  # A draft goes by its age.
         return [path.name for path in found]
 
     def verdict(self) -> dict[str, tuple[object, bool]]:
