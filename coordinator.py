@@ -89,6 +89,8 @@ class PipeCoordinator:
         try:
             self._start()
             on_ready()
+            with _said("Pipes whose configuration is gone are left"):
+                directories.remove_forgotten()
             self._poller.later(random.random() * HOUSEKEEPING_SECONDS, self._look)
             while not self._stopping:
                 self._queues.dispatch(self._peers.ring)

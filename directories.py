@@ -170,9 +170,8 @@ def read_profile(config_path: str | os.PathLike[str]) -> str | None:
     return None if said is None else str(said.get("profile"))
 
 
-def remove_forgotten() -> int:
-    """Remove the pipes directories of this user whose configuration is gone; return how many."""
-    count = 0
+def remove_forgotten() -> None:
+    """Remove the pipes directories of this user whose configuration is gone."""
     for name in files.listed("/tmp"):
         pipes = Path("/tmp", name)
         if not (name.startswith("aiida_") and "_pipes" in name):
@@ -188,8 +187,6 @@ def remove_forgotten() -> int:
                         path.unlink()
                 (pipes / _OWNER).unlink()
                 pipes.rmdir()
-                count += 1
-    return count
 
 
 def _is_read(pipes: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import datetime
 import fcntl
 import gc
 import json
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import termios
 import threading
+import uuid
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -473,6 +475,27 @@ def test_body_that_json_cannot_express(broker: Broker) -> None:
     assert not list(broker.queue.rglob("task_*.json"))
     with pytest.raises(kiwipy.RemoteException, match="JSON"):
         communicator.rpc_send("x", 1).result(TIMEOUT)
+
+
+def test_what_goes_beyond_json_arrives_as_what_it_was(served: Broker) -> None:
+    body = {
+        "uuid": uuid.UUID(int=7),
+        "times": [datetime.datetime(2026, 2, 28, 12, tzinfo=datetime.timezone.utc), datetime.date(2026, 2, 28)],
+        "rest": [b"\0\xff", {1, (2, 3)}, frozenset("a"), 3 - 4j],
+        "!": "no mark of ours",
+        "large": ["x" * 10_000],
+    }
+    communicator, other = served.communicator(), served.communicator()
+    heard: kiwipy.Future = kiwipy.Future()
+    other.add_broadcast_subscriber(lambda _, *message: heard.set_result(message))
+    other.add_rpc_subscriber(lambda _, body: body, "echo")
+    other.add_task_subscriber(lambda _, body: body)
+    assert communicator.rpc_send("echo", body).result(TIMEOUT) == body
+    assert communicator.task_send(body).result(TIMEOUT) == body
+    sender, correlation_id = uuid.uuid4(), uuid.uuid4()
+    # As plumpy does, whose processes have UUIDs.
+    communicator.broadcast_send(body, sender, "state_changed.running.finished", correlation_id)
+    assert heard.result(TIMEOUT) == (body, sender, "state_changed.running.finished", correlation_id)
 
 
 def test_encoder_and_decoder_see_only_what_is_the_users(served: Broker) -> None:

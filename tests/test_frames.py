@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import json
 import os
 import random
+import uuid
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,89 @@ def test_a_million_frames_between_garbage() -> None:
                     wrong += 1
     assert found == 1_000_000
     assert wrong > 0 and stream_of.skipped > 1_000_000
+
+
+ODD = [
+    uuid.UUID(int=7),
+    datetime.datetime(2026, 2, 28, 12, 30, 1, 5),
+    datetime.datetime(2026, 2, 28, tzinfo=datetime.timezone(datetime.timedelta(hours=-3))),
+    datetime.date(2026, 2, 28),
+    b"\x00\xff",
+    b"",
+    3 - 4j,
+    {1, "a", (1, (2, b"x"))},
+    frozenset({frozenset({1}), uuid.UUID(int=8)}),
+    {"!": "uuid", "value": "not one"},
+    {"!": {"!": {1}}},
+    {"!": "object", "value": {"!": "object", "value": 1}},
+]
+
+
+def there_and_back(value: object, codec: frames.Codec | None = None) -> object:
+    codec = codec or frames.Codec()
+    return codec.decode(frames.parse(codec.encode({"body": value}).encode()), "body")
+
+
+@pytest.mark.parametrize("value", ODD, ids=str)
+def test_what_goes_beyond_json_arrives_as_what_it_was(value: object) -> None:
+    for form in (value, [value], {"key": [{"deeper": value}]}):
+        arrived = there_and_back(form)
+        assert arrived == form and type(arrived) is type(form)
+
+
+def test_tuples_arrive_as_lists() -> None:
+    assert there_and_back((1, (2,), {"a": (3,)})) == [1, [2], {"a": [3]}]
+    assert there_and_back((1, {2})) == [1, {2}]
+
+
+def test_plain_message_is_plain_json() -> None:
+    body = {"!": "uuid", "value": "x", "dressed": True}
+    message = {"body": body, "sender": None}
+    assert json.loads(frames.Codec().encode(message)) == message
+    assert there_and_back(body) == body
+
+
+def test_random_values_arrive_as_what_they_were() -> None:
+    chance = random.Random(7)
+
+    def value(depth: int) -> object:
+        kind = chance.randrange(6 if depth else 3)
+        if kind < 2:
+            return chance.choice([None, True, 1, 1.5, "text", "!"])
+        if kind == 2:
+            return chance.choice(ODD)
+        if kind == 3:
+            return {chance.choice(["!", "value", "dressed", "a"]): value(depth - 1) for _ in range(3)}
+        return [value(depth - 1) for _ in range(chance.randrange(4))]
+
+    for _ in range(5000):
+        sent = value(4)
+        assert there_and_back(sent) == sent
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"!": "uuid", "value": "x"},
+        {"!": "datetime", "value": 1},
+        {"!": "os.system", "value": "ls"},
+        {"!": ["uuid"], "value": 1},
+        {"!": "set", "value": [[1]]},
+        {"!": "complex"},
+        {"!": "object", "value": 1},
+    ],
+)
+def test_value_that_is_not_what_its_mark_says_is_refused(value: object) -> None:
+    with pytest.raises(ValueError):
+        frames.Codec().decode({"body": value, "dressed": True}, "body")
+
+
+@pytest.mark.parametrize("value", [object(), {1: object()}, [1, {object()}], float, {(1, 2): 3}])
+def test_what_nobody_can_express_is_refused(value: object) -> None:
+    with pytest.raises(TypeError):
+        frames.Codec().encode({"body": value})
+
+
+def test_encoder_and_decoder_replace_what_the_codec_knows() -> None:
+    codec = frames.Codec(lambda value: {"as": str(value)}, lambda mapping: mapping.get("as", mapping))
+    assert there_and_back([uuid.UUID(int=7), {"b": {1}}], codec) == [str(uuid.UUID(int=7)), {"b": "{1}"}]
