@@ -125,14 +125,16 @@ class Calls:
         :raises frames.Garbage: it is no answer; whoever waits goes on waiting.
         """
         correlation_id = str(message.get("correlation_id"))
-        kind = next((kind for kind in _ANSWERS if kind in message), None)
-        if kind is None:
+        for kind, take in _ANSWERS.items():
+            if kind in message:
+                break
+        else:
             raise frames.Garbage(f"an answer of no known kind: {sorted(message)}")
         call = self._pending.pop(correlation_id, None)
         if call is not None:
             # A user may have ended the future himself.
             with contextlib.suppress(concurrent.futures.InvalidStateError, RuntimeError):
-                _ANSWERS[kind](self, correlation_id, call, message)
+                take(self, correlation_id, call, message)
 
     def fail(self, way: object, error: BaseException) -> None:
         """End the calls to a recipient that will not answer any more."""

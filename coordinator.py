@@ -178,12 +178,12 @@ class PipeCoordinator:
 
     def _on_message(self, message: frames.Message) -> None:
         kind = message["type"]
-        if kind == "register":
-            self._peers.meet(directories.check_worker_id(message["worker"]))
+        if kind == "task" and directories.is_quoted(message["name"]):
+            self._queues.add(message["queue"], message["name"])
         elif kind == "report":
             self._peers.report(message)
-        elif kind == "task" and directories.is_quoted(message["name"]):
-            self._queues.add(message["queue"], message["name"])
+        elif kind == "register":
+            self._peers.meet(directories.check_worker_id(message["worker"]))
         elif kind == "kept":
             self._fan_out_kept()
         elif kind == "look":

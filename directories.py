@@ -71,9 +71,9 @@ class Layout:
         """Holds the default task queue, ``queues/``, ``coordinator.lock`` and ``coordinator.log``."""
         return self.config_path / "coordinator"
 
-    def route(self, identifier: str) -> Path:
-        """Return the path of the symlink that leads to the RPC pipe serving `identifier`."""
-        return self.pipes / f"route_{quoted(identifier)}"
+    def route(self, identifier: str) -> str:
+        """Return the path of the symlink that leads to the RPC pipe serving `identifier`. (A `str`, for each call.)"""
+        return f"{self.pipes}/route_{quoted(identifier)}"
 
     def entry(self, worker_id: str) -> Path:
         """Return the path of a worker's registry entry."""
@@ -344,7 +344,12 @@ def is_worker_id(name: object) -> bool:
 
 def is_quoted(name: object) -> bool:
     """Say whether a name that came in a message could have come from `quoted`, or is that of a task."""
-    return isinstance(name, str) and len(name) <= _LONGEST_NAME and _QUOTED.fullmatch(name) is not None
+    return isinstance(name, str) and _is_quoted(name)
+
+
+@functools.lru_cache(maxsize=4096)  # The name of a task comes about three times in a row.
+def _is_quoted(name: str) -> bool:
+    return len(name) <= _LONGEST_NAME and _QUOTED.fullmatch(name) is not None
 
 
 def is_reply_pipe(name: object) -> bool:
@@ -358,6 +363,7 @@ def body_receiver(name: object) -> str | None:
     return match[1] if match and not set(match[1]) <= {"."} else None
 
 
+@functools.lru_cache(maxsize=1024)
 def pipe_owner(name: str) -> str | None:
     """Return the worker id of a pipe, by its name; `None` if it is no worker's."""
     kind, _, worker_id = name.partition("_")

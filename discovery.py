@@ -317,7 +317,7 @@ def claim_route(layout: Layout, identifier: str, worker_id: str) -> str | None:
         if target is not None:
             return target.removeprefix("rpc_") if target != pipe else None
         if os.path.lexists(route):
-            route.unlink()  # It leads to no pipe of ours, so nobody can have made it who may.
+            os.unlink(route)  # It leads to no pipe of ours, so nobody can have made it who may.
     return ""
 
 

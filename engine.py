@@ -219,11 +219,10 @@ class Engine:
     def _answered(self, reader: fifo.Reader, data: bytes) -> None:
         message = self._unpacked(reader, data)
         if message is not None:
-            job = functools.partial(self._use, reader, self.calls.answer, message)
             if self.codec.concerns_user(message, "result"):
-                self._decoding.put(job)
+                self._decoding.put(functools.partial(self._use, reader, self.calls.answer, message))
             else:
-                job()
+                self._use(reader, self.calls.answer, message)
 
     def _on_death(self, writer: fifo.Writer) -> None:
         if writer in self.calls.ways():

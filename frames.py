@@ -35,6 +35,7 @@ _CLAIM_CHECK = b'{"body_file":'
 _MARK = "!"
 
 Message = dict[str, Any]
+_decode = json.JSONDecoder().raw_decode
 
 
 class Garbage(ValueError):
@@ -58,10 +59,11 @@ def parse(text: bytes) -> Message:
     :raises Garbage: it is no JSON object.
     """
     try:
-        message = json.loads(str(text, "utf-8"))
+        said = str(text, "utf-8").strip()
+        message, end = _decode(said)
     except (ValueError, RecursionError) as error:
         raise Garbage(str(error)) from error
-    if not isinstance(message, dict):
+    if not isinstance(message, dict) or end < len(said):
         raise Garbage("it is not a JSON object")
     return message
 

@@ -73,12 +73,12 @@ class Lane:
     def _run(self) -> None:
         while True:
             job = self._jobs.get()
-            with self._mutex:
-                if self._stopped:
-                    return
-                if self._finishing and self._jobs.empty():
-                    self._ended = True
-                self._busy = job is not None
+            if self._stopped:
+                return
+            if self._finishing:
+                with self._mutex:
+                    self._ended = self._jobs.empty()
+            self._busy = job is not None
             if job is not None:
                 self._try(job)
             del job  # It may hold the last reference to a communicator.

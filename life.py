@@ -66,8 +66,8 @@ class Pipes:
     def _add(self, name: str) -> None:
         reader = Reader(self._poller, self._layout.pipes / name)
         self._readers.setdefault(name, []).append(reader)
-        handler = self._handlers[name]
-        self._poller.call(lambda: reader.start(lambda _: guarded(reader.read(), functools.partial(handler, reader))))
+        handle = functools.partial(self._handlers[name], reader)
+        self._poller.call(lambda: reader.start(lambda _: guarded(reader.read(), handle)))
 
     def drain(self, name: str) -> None:
         """Handle all frames that have come to a pipe."""

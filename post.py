@@ -297,35 +297,36 @@ class Post:
             text = self._codec.encode({"correlation_id": correlation_id, **fields})
         except Exception as error:
             text = self._excuse(correlation_id, error)
-        path = self._layout.pipes / str(reply_to)
         try:
-            self._deliver(text, path, outlives)
+            self._deliver(text, str(reply_to), outlives)
         except OSError as error:
-            _LOGGER.error("An answer to %s could not be sent: %s", path, error)
+            _LOGGER.error("An answer to %s could not be sent: %s", reply_to, error)
             with contextlib.suppress(OSError):
-                self._deliver(self._excuse(correlation_id, error), path, outlives)
+                self._deliver(self._excuse(correlation_id, error), str(reply_to), outlives)
 
     def _excuse(self, correlation_id: object, error: BaseException) -> str:
         return frames.encode(
             {"correlation_id": correlation_id, "exception": f"the result cannot be sent: {failure(error)['exception']}"}
         )
 
-    def _deliver(self, text: str, path: Path, outlives: bool) -> None:
+    def _deliver(self, text: str, name: str, outlives: bool) -> None:
         try:
             for _ in range(2):
-                writer = self.writer(path.name)
+                writer = self.writer(name)
                 if writer is None:
-                    if not os.path.lexists(path):
-                        fifo.pack_body(text, path)
+                    if not os.path.lexists(self._layout.pipes / name):
+                        fifo.pack_body(text, self._layout.pipes / name)
                     return
-                with contextlib.suppress(BrokenPipeError):
+                try:
                     self._send(text, writer, outlives)
                     return
+                except BrokenPipeError:
+                    continue
         except OSError as error:
             if error.errno not in _NO_DESCRIPTOR:
                 raise
             with self._poller.spare_descriptor():
-                fifo.leave(text, path)
+                fifo.leave(text, self._layout.pipes / name)
 
     def _send(self, text: str, writer: fifo.Writer, outlives: bool) -> None:
         data = frames.frame(text)

@@ -123,9 +123,17 @@ class _Turns:
         self._ready: dict[Member, None] = {}
         self.fresh: dict[Member, None] = {}
         """Those that have got capacity since somebody emptied this; all others have refused what is parked."""
+        self.changed: dict[Member, None] = {}
+        """Those whose capacity may have changed since they were placed."""
 
     def __bool__(self) -> bool:
         return bool(self._idle or self._ready)
+
+    def place_changed(self) -> None:
+        """Put the members to whom something has happened where they belong, once for all that has."""
+        changed, self.changed = self.changed, {}
+        for member in changed:
+            self.place(member)
 
     def place(self, member: Member) -> None:
         """Put a member at the end of its line, or into none."""
@@ -192,7 +200,7 @@ class Scheduler:
     def _forgive(self, member: Member) -> None:
         self._refusals.forget_member(member)
         self._regroup = True
-        self._turns.place(member)
+        self._turns.changed[member] = None
 
     def claimed(self, member: Member, name: str) -> None:
         """A worker has claimed a task."""
@@ -239,6 +247,7 @@ class Scheduler:
         :return: the names to ring each member for, and when to call this again though nothing happens before.
         """
         rings: dict[Member, list[str]] = {}
+        self._turns.place_changed()
         if self._regroup:
             self._judge_again()
         self._end_pauses(now)
@@ -380,7 +389,7 @@ class Scheduler:
 
     def _hear(self, member: Member) -> None:
         member.silent = False
-        self._turns.place(member)
+        self._turns.changed[member] = None
 
     def _wait(self, name: str) -> None:
         self._state[name] = _WAITING
@@ -394,4 +403,4 @@ class Scheduler:
         member, _ = self._offered.pop(name, (None, 0.0))
         if member is not None:
             del member.offered[name]
-            self._turns.place(member)
+            self._turns.changed[member] = None

@@ -86,7 +86,11 @@ class Reports:
     def add(self, key: str, kind: str, name: str, *, at_once: bool) -> None:
         """Note what became of a task; tell the coordinator soon, or at once where it may have another for us."""
         with self._mutex:
-            self._names.setdefault(key, {}).setdefault(kind, []).append(name)
+            kinds = self._names.setdefault(key, {})
+            if kind == "done" and name in kinds.get("claimed", ()):
+                kinds["claimed"].remove(name)  # Which "done" says as well.
+                self._count -= 1
+            kinds.setdefault(kind, []).append(name)
             self._count += 1
             waits = not at_once and self._count < _REPORT_NAMES
         if not waits:

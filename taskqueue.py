@@ -32,7 +32,6 @@ import os
 import re
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +66,7 @@ def new_id() -> str:
     global _last_time
     with _clock:
         _last_time = max(time.time_ns(), _last_time + 1)
-        return f"{_last_time:020d}-{uuid.uuid4().hex[:8]}"
+        return f"{_last_time:020d}-{os.urandom(4).hex()}"
 
 
 class Unreadable(ValueError):
@@ -137,7 +136,7 @@ class TaskQueue:
 
         Not a `Path`, since making one takes as long as the system call that it is for.
         """
-        return os.path.join(self._root, state, f"task_{name}.json")
+        return f"{self._root}/{state}/task_{name}.json" if state else f"{self._root}/task_{name}.json"
 
     def put(self, task_id: str, text: str, announce: Callable[[], None]) -> None:
         """Add a task: when this returns, it would survive a loss of power.

@@ -190,8 +190,11 @@ def check(tested: Scheduler) -> None:
     for member in tested.members:
         assert len(member.offered) <= scheduler.WINDOW
         assert all(member in tested._refusals.members(name) for name in member.refused)
-        in_turn = [*tested._turns._idle, *tested._turns._ready].count(member)
-        assert in_turn == member.has_capacity()
+    turns = tested._turns
+    for member in {*tested.members, *turns._idle, *turns._ready} - turns.changed.keys():
+        has_turn = member in tested.members and member.has_capacity()
+        in_hand = bool(member.offered or member.held)
+        assert (member in turns._idle, member in turns._ready) == (has_turn and not in_hand, has_turn and in_hand)
 
 
 class Worker:
