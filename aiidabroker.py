@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import kiwipy
 from aiida.brokers import broker as base
-from aiida.common.exceptions import EntryPointError
+from aiida.common.exceptions import ConfigurationError, EntryPointError
 from aiida.manage.configuration import get_config
 from aiida.plugins import BrokerFactory
 
@@ -219,7 +219,7 @@ class _BrokerCommunicator(pipebroker.PipeCommunicator):
 def _as_timeout() -> Iterator[None]:
     try:
         yield
-    except (OSError, BufferError, kiwipy.CommunicatorClosed) as error:
+    except (OSError, BufferError, RuntimeError, kiwipy.CommunicatorClosed) as error:
         raise kiwipy.TimeoutError(f"{type(error).__name__}: {error}") from error
 
 
@@ -245,7 +245,7 @@ def configure(profile_name: str, *, autostart: bool = True) -> None:
     """Point an AiiDA profile at this broker.
 
     :param autostart: whether a coordinator is started when it is needed and not running.
-    :raises RuntimeError: AiiDA cannot find this broker.
+    :raises RuntimeError: AiiDA cannot find this broker, or the profile.
     """
     name = "core.namedpipe" if __name__.startswith("aiida.") else "namedpipe"
     try:
@@ -254,8 +254,11 @@ def configure(profile_name: str, *, autostart: bool = True) -> None:
         raise RuntimeError(
             f"AiiDA does not know the broker '{name}': run 'pip install .' or vendor.py first ({error})"
         ) from error
-    config = get_config()
-    profile = config.get_profile(profile_name)
+    try:
+        config = get_config()
+        profile = config.get_profile(profile_name)
+    except ConfigurationError as error:
+        raise RuntimeError(f"AiiDA's configuration: {error}") from error
     profile.set_process_controller(name=name, config={"autostart": autostart})
     config.update_profile(profile)
     config.store()

@@ -91,21 +91,25 @@ def bury_owned(layout: directories.Layout, locks: dict[str, discovery.Lock], bur
             files.remove(layout.entry(worker_id))
             buried.worker_ids.append(worker_id)
             if not keep:
-                remove_claims(layout, worker_id, lock)
+                with _logged(f"The lock of worker {worker_id} is left"):
+                    remove_claims(layout, worker_id, lock)
 
 
 def remove_claims(layout: directories.Layout, worker_id: str, lock: discovery.Lock) -> None:
-    """Remove the claim directories of a worker id, and its lock last, unless there are tasks in them."""
-    claims = [directory / "claimed" / worker_id for directory in layout.queues().values()]
-    if any(name.startswith("task_") for claim in claims for name in files.listed(claim)):
+    """Remove the claim directories of a worker id, and its lock last, unless there are tasks in them.
+
+    :raises OSError: one of them cannot be read.
+    """
+    queues = [taskqueue.TaskQueue(directory) for directory in layout.queues().values()]
+    if any(True for queue in queues for _ in queue.names(f"claimed/{worker_id}")):
         return
     if lock.is_in_place():
         files.remove(lock.path)
     elif os.path.lexists(lock.path):
         return
-    for claim in claims:
+    for queue in queues:
         with contextlib.suppress(OSError):
-            claim.rmdir()
+            os.rmdir(queue.directory / "claimed" / worker_id)
 
 
 def _remove_pipes(layout: directories.Layout, worker_id: str) -> None:
@@ -129,16 +133,18 @@ def _give_back_all(
     layout: directories.Layout, key: str, queue: taskqueue.TaskQueue, worker_id: str, buried: Buried
 ) -> bool:
     """Say whether nothing is left."""
-    clean = True
-    for name in sorted(queue.names(f"claimed/{worker_id}")):
+    left: list[str] | None = None
+    with _logged(f"Tasks of dead worker {worker_id} cannot be given back"):
+        left = sorted(queue.names(f"claimed/{worker_id}"))
+    for name in left or ():
         try:
             new = _give_back(layout, queue, worker_id, name)
         except OSError as error:
             _LOGGER.error("Task %s of dead worker %s cannot be given back: %s", name, worker_id, error)
-            clean = False
+            left = None
         else:
             buried.tasks += [(key, new)] if new else []
-    return clean
+    return left is not None
 
 
 def _give_back(layout: directories.Layout, queue: taskqueue.TaskQueue, worker_id: str, name: str) -> str | None:
@@ -179,14 +185,24 @@ def everybody(layout: directories.Layout) -> set[str]:
     """Return every worker id that something is left of."""
     found = {worker.worker_id for worker in discovery.workers(layout)}
     for directory in layout.queues().values():
-        found.update(filter(directories.is_worker_id, files.listed(directory / "claimed")))
+        with _logged(f"The claims in {directory} cannot be read"):
+            found.update(_claimants(layout, taskqueue.TaskQueue(directory)))
     for name in files.listed(layout.pipes):
-        owner = directories.pipe_owner(name)
-        if name.startswith("route_"):
-            owner = directories.pipe_owner(discovery.route_target(layout.pipes / name) or "")
-        if owner is not None:
+        pipe = discovery.route_target(layout.pipes / name) if name.startswith("route_") else name
+        owner = directories.pipe_owner(pipe or "")
+        if owner is not None and (pipe != name or (layout.pipes / name).is_fifo()):
             found.add(owner)
     return found
+
+
+def _claimants(layout: directories.Layout, queue: taskqueue.TaskQueue) -> Iterator[str]:
+    for worker_id in filter(directories.is_worker_id, queue.claims()):
+        claims = queue.names(f"claimed/{worker_id}")
+        if os.path.lexists(layout.lock(worker_id)) or any(True for _ in claims):
+            yield worker_id
+        else:
+            with contextlib.suppress(OSError):  # What a stranger has put there is none of ours.
+                os.rmdir(queue.directory / "claimed" / worker_id)
 
 
 class Undertaker:
@@ -236,9 +252,7 @@ def sweep(layout: directories.Layout) -> Iterator[str]:
 
 def _is_orphan(path: Path) -> bool:
     receiver = directories.body_receiver(path.name)
-    if path.name.startswith("kept_"):
-        return files.is_older(path, 2 * _KEPT_SECONDS)
-    if receiver == directories.BROADCAST_INTAKE:
+    if path.name.startswith("kept_") or receiver == directories.BROADCAST_INTAKE:
         return files.is_older(path, 2 * _KEPT_SECONDS)
     if receiver is not None:
         pipe = path.with_name(receiver)

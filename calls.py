@@ -127,14 +127,13 @@ class Calls:
         correlation_id = str(message.get("correlation_id"))
         for kind, take in _ANSWERS.items():
             if kind in message:
-                break
-        else:
-            raise frames.Garbage(f"an answer of no known kind: {sorted(message)}")
-        call = self._pending.pop(correlation_id, None)
-        if call is not None:
-            # A user may have ended the future himself.
-            with contextlib.suppress(concurrent.futures.InvalidStateError, RuntimeError):
-                take(self, correlation_id, call, message)
+                call = self._pending.pop(correlation_id, None)
+                if call is not None:
+                    # A user may have ended the future himself.
+                    with contextlib.suppress(concurrent.futures.InvalidStateError, RuntimeError):
+                        take(self, correlation_id, call, message)
+                return
+        raise frames.Garbage(f"an answer of no known kind: {sorted(message)}")
 
     def fail(self, way: object, error: BaseException) -> None:
         """End the calls to a recipient that will not answer any more."""
@@ -156,7 +155,7 @@ class Calls:
     def _result(self, _: str, call: Call, message: frames.Message) -> None:
         try:
             value = self._decode(message, "result")
-        except Exception as error:
+        except BaseException as error:
             call.future.set_exception(error)
         else:
             call.future.set_result(value)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import fcntl
 import json
 import os
 import select
@@ -32,8 +34,7 @@ if TYPE_CHECKING or not __package__:
 else:
     from . import directories, discovery, fifo, files, taskqueue
 
-_STATES = ("waiting", "claimed", "completed", "failed")
-
+_STATES = tuple(taskqueue.PLACES)
 _PATIENCE_SECONDS = 8.0
 
 Serve = Callable[[str, Path, int | None], None]
@@ -46,22 +47,25 @@ def start(profile_name: str, config_path: str | os.PathLike[str]) -> int:
     :return: its pid.
     :raises discovery.CoordinatorError: it did not start; the message says why.
     """
-    read_end, write_end = os.pipe()
     # Run as a script even from inside a package: it needs nothing of the package, which may be large.
     script = Path(__file__).absolute().with_name("coordinator.py")
     command = [sys.executable, str(script), f"--profile={profile_name}"]
-    command += [f"--config-path={os.path.abspath(config_path)}", f"--ready-descriptor={write_end}"]
-    with open(read_end, errors="surrogateescape") as answer:
-        process = subprocess.Popen(
-            command,
-            pass_fds=(write_end,),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            cwd="/",
-        )
-        os.close(write_end)
+    command += [f"--config-path={os.path.abspath(config_path)}"]
+    with contextlib.ExitStack() as stack:
+        read_end, write_end = _pipe()
+        answer = stack.enter_context(open(read_end, errors="surrogateescape"))
+        with open(write_end, "wb", buffering=0):
+            process = subprocess.Popen(
+                [*command, f"--ready-descriptor={write_end}"],
+                pass_fds=(write_end,),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                cwd="/",
+                # It has to find its modules beside it.
+                env={name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"},
+            )
         said = answer.read()
     process.wait()
     if not said.startswith("ready "):
@@ -69,6 +73,17 @@ def start(profile_name: str, config_path: str | os.PathLike[str]) -> int:
             said or "the coordinator ended before it served: coordinator.log beside the queue may say why"
         )
     return int(said.split()[1])
+
+
+def _pipe() -> tuple[int, int]:
+    """Make a pipe whose descriptors are none of the three standard ones, which may be closed here."""
+    ends = os.pipe()
+    try:
+        read_end, write_end = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 3) for end in ends)
+    finally:
+        for end in ends:
+            os.close(end)
+    return read_end, write_end
 
 
 def stop(config_path: str | os.PathLike[str]) -> int | None:
@@ -82,13 +97,11 @@ def stop(config_path: str | os.PathLike[str]) -> int | None:
     if layout is None or pid is None:
         return None
     intake = layout.pipes / directories.TASKS_INTAKE
-    # Not a signal to a pid, which may be a stranger's by now: whoever reads this pipe is the coordinator.
-    if not fifo.knock(intake, {"type": "stop"}):
-        raise discovery.CoordinatorError(
-            f"the coordinator (pid {pid}) does not read {intake}: it is just starting, or hangs. Try again, or end it."
-        )
-    deadline = time.monotonic() + _PATIENCE_SECONDS
+    deadline, told = time.monotonic() + _PATIENCE_SECONDS, False
     while discovery.coordinator_pid(layout) == pid:
+        # Not a signal to a pid, which may be a stranger's by now: whoever reads this pipe is the coordinator. One that
+        # is just starting does not read yet.
+        told = told or fifo.knock(intake, {"type": "stop"})
         if time.monotonic() > deadline:
             raise discovery.CoordinatorError(
                 f"the coordinator (pid {pid}) has not ended within {_PATIENCE_SECONDS:.0f} s. If it was stopped, let "
@@ -117,7 +130,7 @@ def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
         "since": said.get("since") if said else None,
         "pipes": str(layout.pipes) if layout else None,
         "tasks": counts,
-        "workers": _live_workers(layout, in_hand, (said or {}).get("dropped") or {}) if layout else [],
+        "workers": _live_workers(layout, in_hand, (said or {}).get("dropped")) if layout else [],
     }
 
 
@@ -129,10 +142,12 @@ def tasks(config_path: str | os.PathLike[str], state: str | None = None) -> list
     :param state: 'waiting', 'claimed', 'completed' or 'failed' (default: all).
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for key, queue in _existing_queues(directories.locate(config_path)).items():
+    layout = directories.locate(config_path)
+    for key, queue in _existing_queues(layout).items():
+        name = _queue_name(layout, key) if layout is not None else ""
         for place in _STATES:
             if state in (None, place):
-                rows.update(((key, row["id"]), row) for row in _rows(key, queue, place))
+                rows.update(((key, row["id"]), row) for row in _rows(name, queue, place))
     return sorted(rows.values(), key=lambda row: str(row["id"]))
 
 
@@ -173,7 +188,11 @@ def _existing_queues(layout: directories.Layout | None) -> dict[str, taskqueue.T
     return {key: taskqueue.TaskQueue(directory) for key, directory in found.items()}
 
 
-def _queue_name(key: str) -> str:
+def _queue_name(layout: directories.Layout, key: str) -> str:
+    """Return a queue's name as its user wrote it."""
+    with contextlib.suppress(OSError, files.NotAFile):
+        if key:
+            return files.read(layout.queue_directory(key) / "name").decode(errors="replace") or key
     return key or "default"
 
 
@@ -188,7 +207,7 @@ def _recently_completed(queue: taskqueue.TaskQueue) -> int:
 
 
 def _live_workers(
-    layout: directories.Layout, in_hand: collections.Counter[str], dropped: dict[str, int]
+    layout: directories.Layout, in_hand: collections.Counter[str], dropped: object
 ) -> list[dict[str, Any]]:
     routes = collections.Counter(
         discovery.route_target(layout.pipes / name) for name in files.listed(layout.pipes) if name.startswith("route_")
@@ -198,18 +217,25 @@ def _live_workers(
             "worker_id": worker.worker_id,
             "pid": worker.pid,
             "since": worker.since,
-            "queues": {_queue_name(key): prefetch for key, prefetch in worker.queues.items()},
+            "queues": {_queue_name(layout, key): prefetch for key, prefetch in worker.queues.items()},
             "rpc": routes[f"rpc_{worker.worker_id}"],
             "broadcast": worker.broadcast,
             "in_hand": in_hand[worker.worker_id],
-            "broadcasts_dropped": dropped.get(worker.worker_id, 0),
+            "broadcasts_dropped": dropped.get(worker.worker_id, 0) if isinstance(dropped, dict) else 0,
         }
         for worker in discovery.workers(layout)
-        if discovery.is_alive(layout, worker.worker_id)
+        if _is_alive(layout, worker.worker_id)
     ]
 
 
-def _rows(key: str, queue: taskqueue.TaskQueue, state: str) -> Iterator[dict[str, Any]]:
+def _is_alive(layout: directories.Layout, worker_id: str) -> bool:
+    try:
+        return discovery.is_alive(layout, worker_id)
+    except OSError:
+        return False  # Somebody has put something else where its lock should be.
+
+
+def _rows(queue_name: str, queue: taskqueue.TaskQueue, state: str) -> Iterator[dict[str, Any]]:
     found: Iterator[tuple[str | None, str]]
     if state == "claimed":
         found = iter(queue.claimed())
@@ -220,7 +246,7 @@ def _rows(key: str, queue: taskqueue.TaskQueue, state: str) -> Iterator[dict[str
         yield {
             "id": task_id,
             "state": state,
-            "queue": _queue_name(key),
+            "queue": queue_name,
             "deaths": deaths,
             "worker": worker_id,
             "reason": queue.reason(name, "failed") if state == "failed" else None,
@@ -242,7 +268,8 @@ def main(arguments: list[str] | None = None, serve: Serve | None = None) -> int:
             (serve or _serve)(options.profile, config_path, options.ready_descriptor)
             return 0
         status = _obey(options, config_path)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # As it is where somebody has closed it.
+            sys.stdout.flush()
         return status
     except BrokenPipeError:
         # Whoever read our output has seen enough; nor may Python complain of it when it ends.
@@ -261,6 +288,8 @@ def _config_path(options: argparse.Namespace) -> Path:
     :raises ValueError: the name would lead elsewhere, or the directory is another profile's.
     """
     name = options.profile
+    if options.config_path == "":
+        raise ValueError("--config-path is empty; name the profile's directory by it")
     if options.config_path is None and (name in ("", ".", "..") or "/" in name or "\0" in name):
         raise ValueError(f"{name!r} is no name of a profile; name its directory by --config-path")
     config_path = Path(options.config_path or f"~/.aiida/profiles/{name}").expanduser().absolute()

@@ -28,6 +28,7 @@ import random
 import resource
 import select
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or not __package__:
+    import bodies
     import burial
     import directories
     import discovery
@@ -44,7 +46,7 @@ if TYPE_CHECKING or not __package__:
     from peers import Peers, Queues
     from poller import Poller, guarded
 else:
-    from . import burial, directories, discovery, fifo, files, frames
+    from . import bodies, burial, directories, discovery, fifo, files, frames
     from .peers import Peers, Queues
     from .poller import Poller, guarded
 
@@ -110,7 +112,8 @@ class PipeCoordinator:
         self._open_intakes()
         for worker in discovery.workers(self.layout):
             self._peers.meet(worker.worker_id)
-        self._peers.bury_all()
+        with _said("Not all who are dead are buried"):
+            self._peers.bury_all()
         self._write_entry()
         self._fan_out_kept()
         for reader, handler in zip(self._intakes, (self._on_task_frames, self._on_broadcasts), strict=True):
@@ -153,9 +156,9 @@ class PipeCoordinator:
         self._lock.release()
 
     def _read_the_rest(self) -> None:
-        if self._intakes:
-            self._on_broadcasts(self._intakes[1])
-            self._peers.bury()
+        for reader, handler in zip(self._intakes, (self._on_task_frame, self._on_broadcast), strict=False):
+            guarded(reader.drain(), functools.partial(handler, reader))
+        self._peers.bury()
 
     def _write_entry(self) -> None:
         entry = {"profile": self.profile_name, "pid": os.getpid(), "since": self._since}
@@ -172,7 +175,7 @@ class PipeCoordinator:
 
     def _on_task_frame(self, reader: fifo.Reader, data: bytes) -> None:
         try:
-            self._on_message(fifo.unpack(data, reader.path))
+            self._on_message(bodies.unpack(data, reader.path))
         except (ValueError, KeyError, TypeError, OSError) as error:
             _LOGGER.warning("%s: a frame that cannot be used: %s: %s", reader.path, type(error).__name__, error)
 
@@ -197,7 +200,10 @@ class PipeCoordinator:
         found = reader.read()
         for intake in self._intakes[:1]:
             guarded(intake.drain(), functools.partial(self._on_task_frame, intake))
-        guarded(found, lambda data: self._peers.fan_out(data, reader.path))
+        guarded(found, functools.partial(self._on_broadcast, reader))
+
+    def _on_broadcast(self, reader: fifo.Reader, data: bytes) -> None:
+        self._peers.fan_out(data, reader.path)
 
     def _fan_out_kept(self) -> None:
         """Fan out the broadcasts that found no coordinator, oldest first."""
@@ -208,6 +214,8 @@ class PipeCoordinator:
     def _fan_out_one(self, path: Path) -> None:
         intake = path.with_name(directories.BROADCAST_INTAKE)
         sent = int(path.name.split("_")[1].split("-")[0]) / 1e9
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise files.NotAFile(f"{path} is not a regular file")
         # From here on it is ours alone, and it is fanned out once.
         body = path.with_name(directories.body_name(intake.name))
         path.rename(body)
@@ -262,9 +270,9 @@ class PipeCoordinator:
 
     def _make_again(self, index: int, reader: fifo.Reader, handler: Callable[[fifo.Reader], None]) -> None:
         _LOGGER.warning("%s had vanished, and is made again", reader.path)
-        # The old one goes on being read: others have it open.
         self._intakes[index] = fifo.Reader(self._poller, reader.path, keep=True)
         self._intakes[index].start(handler)
+        reader.retire()
 
     def _sweep(self) -> Iterator[None]:
         for removed in burial.sweep(self.layout):
@@ -334,6 +342,8 @@ def _raise_limit() -> None:
 
 
 def _log_to(file: Path, *, terminal: bool) -> None:
+    if os.path.lexists(file) and not file.is_file():
+        raise directories.DirectoryRefused(f"{file} is not a regular file: remove it.")
     handlers: list[logging.Handler] = [
         logging.handlers.RotatingFileHandler(file, maxBytes=1_000_000, backupCount=3, delay=True)
     ]

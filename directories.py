@@ -118,6 +118,8 @@ def establish(profile_name: str, config_path: str | os.PathLike[str], profile_uu
     try:
         for directory in (config / "pipes", config / "coordinator"):
             files.make_directories(directory)
+            if os.lstat(directory).st_uid != os.geteuid():
+                raise DirectoryRefused(f"{directory} belongs to another user: run this as that user.")
         _check_format(config / "coordinator", profile_name, profile_uuid)
         recorded = _recorded(config)
         if recorded is not None and _belongs(recorded, config):
@@ -203,11 +205,15 @@ def _check_format(queue: Path, profile: str, profile_uuid: str | None) -> None:
     if said is None:
         _adopt(queue)
         draft = queue / f".format.{uuid.uuid4().hex}"
-        files.write_whole(draft, json.dumps(ours).encode())
+        files.write_whole(draft, json.dumps(ours).encode(), durable=True)
         with contextlib.suppress(FileExistsError):
             os.link(draft, queue / "format")
         draft.unlink()
-        said = _read_format(queue) or ours
+        said = _read_format(queue)
+    if said is None:
+        # A loss of power may leave the name of a file whose content never came to the disk.
+        files.write_whole(queue / "format", json.dumps(ours).encode(), durable=True)
+        said = ours
     if said.get("format") != FORMAT:
         raise DirectoryRefused(
             f"{queue} has format {said.get('format')!r:.40}, and this version knows {FORMAT}: use the version that "
@@ -224,19 +230,16 @@ def _check_format(queue: Path, profile: str, profile_uuid: str | None) -> None:
             f"'mv {queue} {queue}.old', or delete it."
         )
     if said.get("uuid") is None and profile_uuid is not None:
-        files.write_whole(queue / "format", json.dumps(ours).encode())
+        files.write_whole(queue / "format", json.dumps(ours).encode(), durable=True)
 
 
 def _read_format(queue: Path) -> dict[str, Any] | None:
+    """Return what a queue says of itself; `None` if it says nothing."""
     try:
         said = json.loads(files.read(queue / "format"))
-        return said if isinstance(said, dict) else {}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
-    except NotADirectoryError:
-        return None
-    except ValueError:
-        return {}
+    return said if isinstance(said, dict) and "format" in said else None
 
 
 def _adopt(queue: Path) -> None:
@@ -285,12 +288,12 @@ def _choose(profile: str, config: Path) -> Path:
 def _belongs(pipes: Path, config: Path) -> bool:
     """Say whether a directory is this configuration's; refuse one that is, but that others could tamper with."""
     try:
-        if os.lstat(pipes).st_uid != os.geteuid():
+        if os.lstat(pipes).st_uid != os.geteuid() or os.readlink(pipes / _OWNER) != str(config):
             return False
-        _refuse_unsafe(pipes)
-        return os.readlink(pipes / _OWNER) == str(config)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    _refuse_unsafe(pipes)
+    return True
 
 
 def _refuse_unsafe(pipes: Path) -> None:

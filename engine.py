@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any
 import kiwipy
 
 if TYPE_CHECKING or not __package__:
+    import bodies
     import burial
     import directories
     import discovery
@@ -53,7 +54,7 @@ if TYPE_CHECKING or not __package__:
     from subscribers import MessageSubscribers, Reports, Side, TaskSubscribers
     from subscriptions import Subscriptions
 else:
-    from . import burial, directories, discovery, fifo, files, frames, taskqueue
+    from . import bodies, burial, directories, discovery, fifo, files, frames, taskqueue
     from .calls import Calls, Reply
     from .lane import Lane
     from .life import Pipes
@@ -65,6 +66,94 @@ else:
 _LOGGER = logging.getLogger(__name__)
 LOOK_SECONDS = 10.0
 _FLUSH_SECONDS = 5.0
+_PATIENCE_SECONDS = 10.0
+
+
+class Receiver:
+    """Hands what comes by a pipe to whom it is for. In the selector thread, but for what it puts into a lane."""
+
+    def __init__(
+        self,
+        poller: Poller,
+        codec: frames.Codec,
+        post: Post,
+        calls: Calls,
+        tasks: TaskSubscribers,
+        messages: MessageSubscribers,
+        decoding: Lane,
+        on_broadcast: Callable[[], None],
+    ) -> None:
+        """
+        :param decoding: where a user's decoder runs.
+        :param on_broadcast: called in the message lane before a broadcast is heard.
+        """
+        self._poller = poller
+        self._codec = codec
+        self._post = post
+        self._calls = calls
+        self._tasks = tasks
+        self._messages = messages
+        self._decoding = decoding
+        self._on_broadcast = on_broadcast
+
+    def _unpacked(
+        self, reader: fifo.Reader, data: bytes, tell: Callable[[frames.Message], None] = lambda _: None
+    ) -> frames.Message | None:
+        """Return the message in a frame; `None` if it cannot be had, or has been read already.
+
+        :param tell: takes an answer for whoever waits, where the message cannot be parsed.
+        """
+        try:
+            return bodies.unpack(data, reader.path, self._poller)
+        except FileNotFoundError:
+            pass
+        except (frames.Garbage, OSError) as error:
+            _LOGGER.warning("%s: a frame that cannot be read: %s", reader.path, error)
+            if isinstance(error, frames.Garbage) and "correlation_id" in error.envelope:
+                tell({"exception": f"the message cannot be read: {error}", **error.envelope})
+        return None
+
+    def rung(self, reader: fifo.Reader, data: bytes) -> None:
+        """Tasks wait."""
+        message = self._unpacked(reader, data)
+        if message is not None:
+            self._use(reader, self._tasks.rung, message)
+
+    def _use(self, reader: fifo.Reader, take: Callable[[frames.Message], None], message: frames.Message) -> None:
+        try:
+            take(message)
+        except frames.Garbage as error:
+            _LOGGER.warning("%s: a frame that cannot be used: %s", reader.path, error)
+
+    def called(self, reader: fifo.Reader, data: bytes) -> None:
+        """Somebody calls an RPC subscriber."""
+        # Unpacked in the lane, as that may take long.
+        self._messages.lane.put(functools.partial(self._serve, self._messages.called, reader, data))
+
+    def heard(self, reader: fifo.Reader, data: bytes) -> None:
+        """A broadcast comes."""
+        self._messages.lane.put(functools.partial(self._serve, self._hear, reader, data))
+
+    def _serve(self, serve: Callable[[frames.Message], None], reader: fifo.Reader, data: bytes) -> None:
+        message = self._unpacked(reader, data, self._tell_caller)
+        if message is not None:
+            serve(message)
+
+    def _hear(self, message: frames.Message) -> None:
+        self._on_broadcast()
+        self._messages.heard(message)
+
+    def _tell_caller(self, said: frames.Message) -> None:
+        self._post.answer(said.get("reply_to"), said["correlation_id"], exception=said["exception"])
+
+    def answered(self, reader: fifo.Reader, data: bytes) -> None:
+        """An answer comes."""
+        message = self._unpacked(reader, data, self._calls.answer)
+        if message is not None:
+            if self._codec.concerns_user(message, "result"):
+                self._decoding.put(functools.partial(self._use, reader, self._calls.answer, message))
+            else:
+                self._use(reader, self._calls.answer, message)
 
 
 class Engine:
@@ -91,23 +180,32 @@ class Engine:
         self._callbacks = Lane(f"pipebroker callbacks {self._name}")
         self._decoding = Lane(f"pipebroker decoding {self._name}")
         self.poller = Poller()
-        _engines.add(self)
         try:
             self._assemble(fsync)
+        except BaseException:
+            self.poller.close()
+            raise
+        self._begin(worker_id, prefetch)
+
+    def _begin(self, worker_id: str | None, prefetch: int) -> None:
+        _engines.add(self)
+        try:
             self.default = self.subscriptions.side(None, prefetch)
-            self._pipes.open(self.reply, self._answered)
+            self._pipes.open(self.reply, self._receiver.answered)
             if worker_id is not None:
                 self.subscriptions.live(worker_id)
             self.poller.call(lambda: self.poller.later(random.random() * LOOK_SECONDS, self._look))
-            self._thread = threading.Thread(target=self._run, name=f"pipebroker {self._name}", daemon=True)
             self._thread.start()
         except BaseException:
             _engines.discard(self)
-            self.closed = self._done = True
-            self._tear_down()
+            if self._thread.ident is None:
+                self._done = True
+                self._tear_down()
+            self.close()
             raise
 
     def _assemble(self, fsync: bool) -> None:
+        self._thread = threading.Thread(target=self._run, name=f"pipebroker {self._name}", daemon=True)
         # The lane is started where the caller can be told that there is no room for a thread.
         prepare = self._decoding.start if self.codec.runs_user_code else lambda: None
         self.calls = Calls(self._callbacks, self.codec.decode, prepare)
@@ -119,15 +217,17 @@ class Engine:
         self.messages = MessageSubscribers(
             self.post, self.codec, Lane(f"pipebroker messages {self._name}"), self._facade
         )
-        handlers: dict[str, Callable[[fifo.Reader, bytes], None]] = {
-            "task": self._rung,
-            "rpc": functools.partial(self._served, self.messages.called),
-            "broadcast": functools.partial(self._served, self.messages.heard),
-        }
+        self._receiver = receiver = Receiver(
+            self.poller, self.codec, self.post, self.calls, self.tasks, self.messages, self._decoding, self._listen_on
+        )
+        handlers = {"task": receiver.rung, "rpc": receiver.called, "broadcast": receiver.heard}
         self._pipes = Pipes(self.layout, self.poller)
         self.subscriptions = Subscriptions(
             self.layout, self.poller, self.post, self.tasks, self.messages, self.reply, handlers, fsync=fsync
         )
+
+    def _listen_on(self) -> None:
+        self.subscriptions.listen_on()
 
     def _whose(self) -> dict[str, str]:
         return {"worker": self.subscriptions.worker_id, "reply": self.reply}
@@ -186,44 +286,6 @@ class Engine:
             self.poller.poll()
         self._tear_down()
 
-    def _unpacked(self, reader: fifo.Reader, data: bytes) -> frames.Message | None:
-        """Return the message in a frame; `None` if it cannot be had, or has been read already."""
-        try:
-            return fifo.unpack(data, reader.path, self.poller)
-        except FileNotFoundError:
-            pass
-        except (frames.Garbage, OSError) as error:
-            _LOGGER.warning("%s: a frame that cannot be read: %s", reader.path, error)
-        return None
-
-    def _rung(self, reader: fifo.Reader, data: bytes) -> None:
-        message = self._unpacked(reader, data)
-        if message is not None:
-            self._use(reader, self.tasks.rung, message)
-
-    def _use(self, reader: fifo.Reader, take: Callable[[frames.Message], None], message: frames.Message) -> None:
-        try:
-            take(message)
-        except frames.Garbage as error:
-            _LOGGER.warning("%s: a frame that cannot be used: %s", reader.path, error)
-
-    def _served(self, serve: Callable[[frames.Message], None], reader: fifo.Reader, data: bytes) -> None:
-        # Unpacked in the lane, as that may take long.
-        self.messages.lane.put(functools.partial(self._serve, serve, reader, data))
-
-    def _serve(self, serve: Callable[[frames.Message], None], reader: fifo.Reader, data: bytes) -> None:
-        message = self._unpacked(reader, data)
-        if message is not None:
-            serve(message)
-
-    def _answered(self, reader: fifo.Reader, data: bytes) -> None:
-        message = self._unpacked(reader, data)
-        if message is not None:
-            if self.codec.concerns_user(message, "result"):
-                self._decoding.put(functools.partial(self._use, reader, self.calls.answer, message))
-            else:
-                self._use(reader, self.calls.answer, message)
-
     def _on_death(self, writer: fifo.Writer) -> None:
         if writer in self.calls.ways():
             # What the recipient wrote before it died is in our pipe by now.
@@ -244,7 +306,7 @@ class Engine:
             self._pipes.look,
             self.subscriptions.look,
             self.tasks.look,
-            self.post.look,
+            self.post.ways.look,
             self._find_bodies,
             self._ask_after_recipients,
         ):
@@ -273,21 +335,26 @@ class Engine:
 
     def close_soon(self) -> None:
         """Close in the selector thread; safe to be called by the garbage collector in any thread."""
-        if not self.closed:
-            self.closed = self.subscriptions.closed = True
-            self.poller.call(self._stop)
+        # Each time, as a signal handler that raises may have interrupted the last.
+        self.closed = self.subscriptions.closed = True
+        self.poller.call(self._stop)
 
     def close(self) -> None:
-        """Close, and wait until it is done."""
+        """Close, and wait until it is done.
+
+        But not for ever: the caller may be a signal handler that has interrupted somebody who holds a lock that closing
+        takes. It is done then when that one goes on.
+        """
         self.close_soon()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+        if self._thread.ident is not None and threading.current_thread() is not self._thread:
+            self._thread.join(_PATIENCE_SECONDS)
             for lane in (self.tasks.lane, self.messages.lane, self._decoding, self._callbacks):
                 lane.join()
 
     def disown(self) -> None:
         """Be closed, in a forked child; the poller has closed its copies itself."""
         self.closed = self._done = self.calls.closed = self.subscriptions.closed = True
+        self.tasks.disown()
 
     def _stop(self) -> None:
         self._done = True
@@ -298,7 +365,7 @@ class Engine:
             self.subscriptions.leave,
             self._reports.send,
             lambda: self.poller.flush(_FLUSH_SECONDS),
-            self.post.close,
+            self.post.ways.close,
             self.subscriptions.end,
             lambda: self._pipes.close(bodies=True),
             self.poller.close,

@@ -1,4 +1,4 @@
-"""The reading end, the writing end, and bodies too large for a frame.
+"""The reading end of a FIFO, and the writing end.
 
 Strategy: any thread writes, without waiting; what a pipe does not take stays in the `Writer`'s outbox until the
 selector thread can write it. A message that does not fit a frame is a file beside the pipe,
@@ -32,12 +32,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or not __package__:
+    import bodies
     import directories
-    import files
     import frames
     from poller import Poller, no_fork
 else:
-    from . import directories, files, frames
+    from . import bodies, directories, frames
     from .poller import Poller, no_fork
 
 _LOGGER = logging.getLogger(__name__)
@@ -79,14 +79,13 @@ class Reader:
             poller.descriptors.update((self._descriptor, self._own_end))
             undo.pop_all()
         self._poller = poller
-        self._closed = False
+        self._retired = False
+        self.closed = False
 
     def start(self, handler: Callable[[Reader], None]) -> None:
         """Call `handler` whenever there is something to read."""
-        if not self._closed:
-            self._poller.watch(
-                self._descriptor, selectors.EVENT_READ, lambda _: None if self._closed else handler(self)
-            )
+        if not self.closed:
+            self._poller.watch(self._descriptor, selectors.EVENT_READ, lambda _: None if self.closed else handler(self))
 
     def read(self) -> list[bytes]:
         """Return frames that have come; a list that may be empty although more is there."""
@@ -99,11 +98,13 @@ class Reader:
         """Return all frames that have come."""
         found: list[bytes] = []
         with contextlib.suppress(BlockingIOError):
-            while True:
+            while not self.closed:
                 found += self._fed(os.read(self._descriptor, _READ_SIZE))
         return found
 
     def _fed(self, data: bytes) -> list[bytes]:
+        if not data:
+            self.close()
         before = self._frames.skipped
         found = self._frames.feed(data)
         if self._frames.skipped > before:
@@ -114,16 +115,25 @@ class Reader:
         """Say whether the FIFO still has its name. In any thread."""
         return is_inode(self.path, self._inode)
 
+    def retire(self) -> None:
+        """Read on, although the name is another's now, as others may have it open; when the last of them goes, close.
+
+        In the selector thread.
+        """
+        if not self._retired and not self.closed:
+            self._retired = True
+            self._poller.release(self._own_end)
+
     def close(self) -> None:
         """Unlink the FIFO, unless it is kept, and close it."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.retire()
+        self.closed = True
         if not self._keep and self.is_in_place():
             with contextlib.suppress(OSError):
                 self.path.unlink()
         self._poller.release(self._descriptor)
-        self._poller.release(self._own_end)
 
 
 class Writer:
@@ -228,7 +238,7 @@ class Writer:
             raise
 
     def _push(self, data: bytes) -> bool:
-        cost = len(data) + _body_size(data, self.path)
+        cost = len(data) + bodies.size(data, self.path)
         while self._outbox and (len(self._outbox) >= self._limit or self._bytes + cost > _OUTBOX_BYTES):
             if not self._drops_oldest:
                 raise BufferError(f"{len(self._outbox)} messages wait for the reader of {self.path}")
@@ -324,98 +334,7 @@ class Writer:
 
     def _empty_trash(self) -> None:
         while self._trash:
-            discard(self._trash.popleft(), self.path)
-
-
-# Bodies
-
-
-def pack(text: str, receiver: Path) -> bytes:
-    """Put a message's text into a frame for `receiver`, by way of a file where it is too large.
-
-    :raises OSError: the file cannot be written (no room, say); nothing is left of it.
-    """
-    return frames.frame(text) or pack_body(text, receiver)
-
-
-def pack_body(text: str, receiver: Path) -> bytes:
-    """Put a message's text into a file for `receiver`, and return the frame that names it.
-
-    :raises OSError: the file cannot be written; nothing is left of it.
-    """
-    body = receiver.with_name(directories.body_name(receiver.name))
-    # Its receiver may look for bodies itself, and must not meet half of one.
-    files.write_whole(body, text.encode())
-    return frames.claim_check(body.name)
-
-
-def readdress(data: bytes, receiver: Path, source: Path) -> bytes:
-    """Return the frame for one more receiver: the same bytes, but that a large body gets a link for each.
-
-    :raises OSError: the body is not there, or cannot be linked.
-    """
-    body = claimed_body(data, source)
-    if body is None:
-        return data
-    link = receiver.with_name(directories.body_name(receiver.name))
-    os.link(body, link, follow_symlinks=False)
-    return frames.claim_check(link.name)
-
-
-def claimed_body(data: bytes, receiver: Path) -> Path | None:
-    """Return the file that a frame for `receiver` names; `None` if the message is in the frame itself."""
-    name = frames.claimed(data)
-    return receiver.with_name(name) if name and directories.body_receiver(name) == receiver.name else None
-
-
-def discard(data: bytes, receiver: Path) -> None:
-    """Drop a frame that will not be delivered, and the file it names."""
-    body = claimed_body(data, receiver)
-    if body is not None:
-        with contextlib.suppress(OSError):
-            body.unlink()
-
-
-def unpack(data: bytes, receiver: Path, poller: Poller | None = None) -> frames.Message:
-    """Return the message in a frame, and unlink the file it named.
-
-    :param poller: whose spare descriptor is used where there is no other.
-    :raises frames.Garbage: it is no JSON object, or names a file that is not one of this receiver's.
-    :raises FileNotFoundError: the file it names has been read already, or removed.
-    :raises OSError: the file cannot be read now; it stays.
-    """
-    message = frames.parse(data[frames.HEADER_SIZE :])
-    if "body_file" not in message:
-        return message
-    body = claimed_body(data, receiver)
-    if body is None:
-        raise frames.Garbage("it names a file that is not for this pipe")
-    text = _read_body(body, poller)
-    with contextlib.suppress(OSError):
-        body.unlink()
-    return frames.parse(text)
-
-
-def _read_body(body: Path, poller: Poller | None) -> bytes:
-    try:
-        descriptor = os.open(body, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except OSError as error:
-        if poller is None or error.errno not in (errno.EMFILE, errno.ENFILE):
-            raise
-        with poller.spare_descriptor():
-            return _read_body(body, None)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise frames.Garbage("it names something that is not a regular file")
-        return file.read()
-
-
-def _body_size(data: bytes, receiver: Path) -> int:
-    body = claimed_body(data, receiver)
-    try:
-        return os.lstat(body).st_size if body is not None else 0
-    except OSError:
-        return 0
+            bodies.discard(self._trash.popleft(), self.path)
 
 
 # Without a poller
@@ -435,7 +354,7 @@ def leave(text: str, receiver: Path) -> None:
         if error.errno == errno.ENXIO:
             return
     with contextlib.suppress(OSError):
-        write_once(receiver, pack_body(text, receiver))
+        write_once(receiver, bodies.pack_body(text, receiver))
 
 
 def knock(path: Path, message: frames.Message) -> bool:

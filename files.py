@@ -5,7 +5,7 @@ Strategy: read what is there as if a stranger had put it there, and write so tha
 Rules:
 - A file appears under its name only when it is whole: it is written under a dot-name and renamed.
 - What is read is a regular file, not a symlink, and reading it never blocks: a FIFO may lie where a file should.
-- A directory that is not there is empty.
+- A directory that is not there, or is none, is empty.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ def read(path: Path | str) -> bytes:
         os.close(descriptor)
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, *, durable: bool = False) -> None:
     """Write a file so that nobody ever meets half of it.
 
+    :param durable: wait until the disk has what is in it.
     :raises OSError: it cannot be written; nothing is left of it.
     """
     draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -65,6 +66,8 @@ def write_whole(path: Path, data: bytes) -> None:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "wb", buffering=0) as file:
             write_all(file.fileno(), data)
+            if durable:
+                sync(file.fileno())
         draft.rename(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -119,10 +122,14 @@ def listed(directory: Path | str, *, hidden: bool = False) -> Iterator[str]:
 
     :param hidden: those that begin with a dot, rather than the others.
     """
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.name.startswith(".") == hidden:
-                yield entry.name
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") == hidden:
+                    yield entry.name
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise
 
 
 def is_older(path: Path | str, seconds: float) -> bool:

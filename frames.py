@@ -10,6 +10,8 @@ pattern).
 Rules:
 - JSON text holds no zero byte, and the length of a frame starts with two; so a reader that meets garbage finds the next
   frame again. It counts what it skips.
+- What is ours stands last in a message, ``reply_to`` and ``correlation_id``: whoever cannot parse what a user has
+  nested too deep still knows whom to tell.
 - What is a user's is JSON and, beyond JSON, what plumpy and others send over RabbitMQ's default codec: `uuid.UUID`,
   `datetime`, `date`, `bytes`, `set`, `frozenset` and `complex` arrive as what they were. A message that holds none of
   them is plain JSON and costs nothing extra. One that does says so with ``"dressed": true``; in it such a value is
@@ -22,6 +24,7 @@ from __future__ import annotations
 import binascii
 import datetime
 import json
+import re
 import select
 import struct
 import uuid
@@ -33,6 +36,11 @@ HEADER_SIZE = _HEADER.size
 LARGEST_TEXT = select.PIPE_BUF - _HEADER.size
 _CLAIM_CHECK = b'{"body_file":'
 _MARK = "!"
+_ENVELOPE = re.compile(
+    rb',((?:"(?:no_reply|reply_to)":(?:true|false|null|"[A-Za-z0-9_]*"),)*"correlation_id":(?:null|"[0-9a-f]*"))'
+    rb'(?:,"dressed":true)?}\s*$'
+)
+_LONGEST_ENVELOPE = 400
 
 Message = dict[str, Any]
 _decode = json.JSONDecoder().raw_decode
@@ -40,6 +48,16 @@ _decode = json.JSONDecoder().raw_decode
 
 class Garbage(ValueError):
     """A frame's text, or the file it names, is not a message."""
+
+    def __init__(self, why: str, text: bytes = b"") -> None:
+        super().__init__(why)
+        self.envelope = _envelope(text)
+        """Whom to tell, and of what, as far as it can be known: ``reply_to`` and ``correlation_id``."""
+
+
+def _envelope(text: bytes) -> Message:
+    match = _ENVELOPE.search(text[-_LONGEST_ENVELOPE:])
+    return dict(json.loads(b"{" + match[1] + b"}")) if match else {}
 
 
 def frame(text: str) -> bytes | None:
@@ -61,8 +79,10 @@ def parse(text: bytes) -> Message:
     try:
         said = str(text, "utf-8").strip()
         message, end = _decode(said)
-    except (ValueError, RecursionError) as error:
-        raise Garbage(str(error)) from error
+    except ValueError as error:
+        raise Garbage(f"{type(error).__name__}: {error}", text) from error
+    except RecursionError as error:
+        raise Garbage("it is nested too deep for this process", text) from error
     if not isinstance(message, dict) or end < len(said):
         raise Garbage("it is not a JSON object")
     return message
@@ -153,7 +173,6 @@ class Codec:
         :param encoder: called for what JSON cannot express, as the ``default`` of `json.dumps`, in place of our own.
         :param decoder: called for each JSON object in what is a user's, as the ``object_hook`` of `json.loads`.
         """
-        self._dresses = encoder is None
         self._encode = json.JSONEncoder(default=encoder or _refuse, separators=(",", ":")).encode
         self._decoder = decoder
 

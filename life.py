@@ -20,7 +20,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import kiwipy
@@ -65,7 +65,10 @@ class Pipes:
 
     def _add(self, name: str) -> None:
         reader = Reader(self._poller, self._layout.pipes / name)
-        self._readers.setdefault(name, []).append(reader)
+        before = [known for known in self._readers.get(name, []) if not known.closed]
+        self._readers[name] = [*before, reader]
+        for known in before:
+            self._poller.call(known.retire)
         handle = functools.partial(self._handlers[name], reader)
         self._poller.call(lambda: reader.start(lambda _: guarded(reader.read(), handle)))
 
@@ -103,6 +106,16 @@ class Pipes:
                 files.remove(self._layout.pipes / name)
 
 
+def _patiently() -> Iterator[None]:
+    """Yield at once, and then after pauses, for as long as whoever buries the dead may take."""
+    deadline, pause = time.monotonic() + _PATIENCE_SECONDS, _FIRST_PAUSE_SECONDS
+    while time.monotonic() < deadline:
+        yield
+        # flock(2) has no time limit, and a thread that waits in it cannot be ended.
+        threading.Event().wait(pause)
+        pause *= 2
+
+
 class Life:
     """One life of a worker. Used under its owner's lock."""
 
@@ -120,23 +133,19 @@ class Life:
         self.buried = burial.Buried()
         self._layout = layout
         self._poller = poller
-        self._entry: discovery.Worker | None = None
         self._lock = self._take_patiently()
         if worker_id is not None:
             burial.bury_owned(layout, {worker_id: self._lock}, self.buried, keep=True)
 
     def _take_patiently(self) -> discovery.Lock:
         """Take the lock; whoever buries the last life has it for a moment."""
-        deadline, pause = time.monotonic() + _PATIENCE_SECONDS, _FIRST_PAUSE_SECONDS
-        while True:
+        for _ in _patiently():
             lock = self._take()
             if lock is not None:
                 return lock
-            if self._is_registered() or time.monotonic() > deadline:
-                raise kiwipy.DuplicateSubscriberIdentifier(f"worker id '{self.worker_id}' is taken by a live worker")
-            # flock(2) has no time limit, and a thread that waits in it cannot be ended.
-            threading.Event().wait(pause)
-            pause *= 2
+            if self._is_served():
+                break
+        raise kiwipy.DuplicateSubscriberIdentifier(f"worker id '{self.worker_id}' is taken by a live worker")
 
     def _take(self) -> discovery.Lock | None:
         with no_fork:
@@ -145,33 +154,32 @@ class Life:
                 self._poller.descriptors.add(lock.descriptor)
         return lock
 
-    def _is_registered(self) -> bool:
+    def _is_served(self) -> bool:
         with contextlib.suppress(OSError, ValueError):
             reply = discovery.Worker.read(self._layout.entry(self.worker_id)).reply
             return directories.is_read(self._layout.pipes / reply)
         return False
 
-    def register(self, worker: discovery.Worker) -> None:
-        """Write the registry entry.
-
-        :raises OSError: it cannot be written.
-        """
-        worker.register(self._layout)
-        self._entry = worker
+    def is_registered(self, worker: discovery.Worker) -> bool:
+        """Say whether this is what the registry entry says."""
+        with contextlib.suppress(OSError, ValueError):
+            return worker == discovery.Worker.read(self._layout.entry(self.worker_id))
+        return False
 
     def claim_route(self, identifier: str) -> bool:
         """Lead an RPC identifier to this worker; say whether no live one has it.
 
         :raises OSError: the route cannot be made.
         """
-        for _ in range(3):
+        for _ in _patiently():
             owner = discovery.claim_route(self._layout, identifier, self.worker_id)
             if owner is None:
                 self.routes.add(identifier)
                 return True
             buried = burial.bury(self._layout, [owner])
             self.buried.tasks += buried.tasks
-            if not buried.worker_ids and os.path.lexists(self._layout.route(identifier)):
+            # Its lock may be in the hands of somebody who buries it, or has only looked.
+            if not buried.worker_ids and directories.is_read(self._layout.pipes / f"rpc_{owner}"):
                 return False
         return False
 
@@ -203,15 +211,8 @@ class Life:
                 os.utime(self._layout.route(identifier), follow_symlinks=False)
                 continue
             if not self.claim_route(identifier):
-                _LOGGER.error("The RPC identifier '%s' has been taken by another worker", identifier)
-        if self._entry is not None and not self._is_entry_ours():
-            self.register(self._entry)
+                self.routes.discard(identifier)
         return True
-
-    def _is_entry_ours(self) -> bool:
-        with contextlib.suppress(OSError, ValueError):
-            return self._entry == discovery.Worker.read(self._layout.entry(self.worker_id))
-        return False
 
     def leave(self) -> None:
         """Vanish, but for what was claimed, and the lock."""
@@ -246,6 +247,11 @@ class Intake:
         self._path = layout.pipes / directories.BROADCAST_INTAKE
         self._poller = poller
         self._descriptor: int | None = None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether one is open; it may be an old one."""
+        return self._descriptor is not None
 
     def hold(self) -> None:
         """Open it, where somebody reads it and we do not have it open."""

@@ -20,9 +20,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or not __package__:
+    import bodies
     import burial
     import directories
     import discovery
@@ -32,7 +34,7 @@ if TYPE_CHECKING or not __package__:
     from poller import Poller
     from scheduler import Member, Scheduler
 else:
-    from . import burial, directories, discovery, fifo, frames, taskqueue
+    from . import bodies, burial, directories, discovery, fifo, frames, taskqueue
     from .poller import Poller
     from .scheduler import Member, Scheduler
 
@@ -175,13 +177,19 @@ class Queues:
     def look(self) -> Iterator[None]:
         """Compare each queue with the disk, and remove what is old in it, in steps."""
         for key, directory in self._layout.queues().items():
-            queue = self._queues.get(key)
-            if queue is not None and queue.is_served:
-                yield from queue.drift()
-                self._touched[queue] = None
-            for _ in taskqueue.TaskQueue(directory).sweep():
-                yield
+            try:
+                yield from self._look_at(key, directory)
+            except OSError as error:
+                _LOGGER.error("A queue could not be looked at: %s", error)
         self._queues = {key: queue for key, queue in self._queues.items() if queue.is_served}
+
+    def _look_at(self, key: str, directory: Path) -> Iterator[None]:
+        queue = self._queues.get(key)
+        if queue is not None and queue.is_served:
+            yield from queue.drift()
+            self._touched[queue] = None
+        for _ in taskqueue.TaskQueue(directory).sweep():
+            yield
 
 
 class Peers:
@@ -193,8 +201,8 @@ class Peers:
         self._queues = queues
         self._peers: dict[str, Peer] = {}
         self._whose: dict[fifo.Writer, str] = {}
-        self._suspects: dict[str, float] = {}
-        """Who may be dead, and how long to wait before the next try."""
+        self._suspects: dict[float, set[str]] = {}
+        """Who may be dead, by how long to wait before the next try."""
         self._undertaker = burial.Undertaker(layout)
 
     def meet(self, worker_id: str) -> None:
@@ -257,6 +265,10 @@ class Peers:
 
     def _join(self, peer: Peer, key: str, prefetch: int) -> None:
         queue = self._queues.get(key)
+        if queue is None:
+            # Somebody has removed it.
+            taskqueue.TaskQueue(self._layout.queue_directory(key)).make()
+            queue = self._queues.get(key)
         if queue is not None:
             member = peer.members.get(key)
             if member is None:
@@ -280,7 +292,7 @@ class Peers:
 
     def _on_death(self, writer: fifo.Writer, left: list[bytes]) -> None:
         for data in left:
-            fifo.discard(data, writer.path)
+            bodies.discard(data, writer.path)
         peer = self._peers.get(self._whose.pop(writer, ""))
         if peer is None or writer not in peer.writers():
             return
@@ -297,21 +309,24 @@ class Peers:
         self._forget(peer)
         self._suspect(peer.worker.worker_id)
 
-    def _suspect(self, worker_id: str) -> None:
-        if not self._suspects:
-            self._poller.later(_COLLECT_SECONDS, self.bury)
-        self._suspects.setdefault(worker_id, 2 * _COLLECT_SECONDS)
+    def _suspect(self, worker_id: str, pause: float = _COLLECT_SECONDS) -> None:
+        together = self._suspects.setdefault(pause, set())
+        if not together:
+            self._poller.later(pause, functools.partial(self._bury, pause))
+        together.add(worker_id)
 
-    def bury(self) -> None:
-        """Bury those of the suspects who are dead, and try the others again soon."""
-        suspects, self._suspects = self._suspects, {}
+    def _bury(self, pause: float) -> None:
+        suspects = self._suspects.pop(pause, set())
         self._take(burial.bury(self._layout, suspects))
-        for worker_id, pause in suspects.items():
+        for worker_id in suspects:
             left = worker_id not in self._peers and self._layout.lock(worker_id).exists()
             if left and pause < _LONGEST_PAUSE_SECONDS:
-                self._suspects[worker_id] = 2 * pause
-        if self._suspects:
-            self._poller.later(min(self._suspects.values()), self.bury)
+                self._suspect(worker_id, 2 * pause)
+
+    def bury(self) -> None:
+        """Bury those of the suspects who are dead."""
+        for pause in list(self._suspects):
+            self._bury(pause)
 
     def bury_all(self) -> None:
         """Bury whoever is dead, whether or not anything tells of it."""
@@ -366,12 +381,12 @@ class Peers:
         for peer in list(self._peers.values()):
             if peer.broadcast is not None and (sent is None or peer.worker.listens_since <= sent):
                 try:
-                    peer.broadcast.send(fifo.readdress(data, peer.broadcast.path, source))
+                    peer.broadcast.send(bodies.readdress(data, peer.broadcast.path, source))
                 except BrokenPipeError:
                     continue
                 except OSError as error:
                     _LOGGER.error("A broadcast to %s was dropped: %s", peer.worker.worker_id, error)
-        fifo.discard(data, source)
+        bodies.discard(data, source)
 
     def dropped(self) -> dict[str, int]:
         """Return how many broadcasts were dropped for whom, as he does not read."""
@@ -396,8 +411,12 @@ class Peers:
         self.bury_all()
 
     def _lacks_a_way(self, peer: Peer) -> bool:
-        lacks = (peer.worker.queues and peer.task is None) or (peer.worker.broadcast and peer.broadcast is None)
-        return bool(lacks) or not all(writer.is_in_place() for writer in peer.writers()[1:])
+        return (
+            bool(peer.worker.queues and peer.task is None)
+            or (peer.worker.broadcast and peer.broadcast is None)
+            or peer.members.keys() != peer.worker.queues.keys()
+            or not all(writer.is_in_place() for writer in peer.writers()[1:])
+        )
 
     def _say_drops(self, peer: Peer) -> None:
         if peer.broadcast is not None and peer.broadcast.dropped > peer.logged_drops:
@@ -406,8 +425,11 @@ class Peers:
             peer.logged_drops = peer.broadcast.dropped
 
     def close(self) -> None:
-        """Close all ways."""
+        """Close all ways, and say which broadcasts are dropped with them."""
         for peer in list(self._peers.values()):
+            left = len(peer.broadcast.take_back()) if peer.broadcast is not None else 0
+            if left:
+                _LOGGER.warning("%d broadcasts to %s are dropped: it does not read", left, peer.worker.worker_id)
             for writer in peer.writers():
                 self._close(writer)
         self._peers.clear()

@@ -69,12 +69,13 @@ class PipeCommunicator(kiwipy.Communicator):  # type: ignore[misc]
         :param decoder: the ``object_hook`` of `json.loads`, called for each JSON object in a body or result.
         :param fsync: whether `task_send` waits until the task would survive a loss of power.
         :param profile_uuid: what tells this profile from an earlier one of its name; `None` matches all.
-        :raises ValueError: a name cannot be used.
+        :raises ValueError: a name, or the prefetch, cannot be used.
         :raises directories.DirectoryRefused: a directory is not safe to use, or cannot be used.
         :raises kiwipy.DuplicateSubscriberIdentifier: a live worker has this id.
         """
         if worker_id is not None:
             directories.check_worker_id(worker_id)
+        _check_prefetch(task_prefetch_count)
         layout = directories.establish(profile_name, config_path, profile_uuid)
         codec = frames.Codec(encoder, decoder)
         self._engine = Engine(layout, weakref.ref(self), worker_id, task_prefetch_count, codec, fsync=fsync)
@@ -165,10 +166,12 @@ class PipeCommunicator(kiwipy.Communicator):  # type: ignore[misc]
         :param prefetch_size: must be 0, as with RabbitMQ.
         :param prefetch_count: how many tasks of the queue this communicator holds at once (0: as many as before, and no
             limit at first).
+        :raises ValueError: the prefetch is no number of tasks.
         """
         self._engine.subscriptions.ensure_open()
         if prefetch_size:
             raise NotImplementedError("prefetch_size must be 0: prefetching by size is not implemented")
+        _check_prefetch(prefetch_count)
         name = None if queue_name == DEFAULT_QUEUE else queue_name
         return PipeTaskQueue(self, self._engine.subscriptions.side(name, prefetch_count))
 
@@ -191,6 +194,11 @@ class PipeCommunicator(kiwipy.Communicator):  # type: ignore[misc]
         return True
 
 
+def _check_prefetch(count: object) -> None:
+    if not isinstance(count, int) or count < 0:
+        raise ValueError(f"a prefetch is 0 (no limit) or how many tasks are held at once, not {count!r}")
+
+
 class PipeTaskQueue:
     """A task queue, as ``kiwipy.rmq.RmqThreadTaskQueue``. Made by `PipeCommunicator.task_queue`."""
 
@@ -202,19 +210,10 @@ class PipeTaskQueue:
     def __iter__(self) -> Iterator[PipeIncomingTask]:
         """Yield the waiting tasks, oldest first; those that are not processed wait again when the loop ends."""
         offered: list[PipeIncomingTask] = []
-        try:
+        with _Afterwards(self._engine, functools.partial(_give_back, offered)):
             for task in self._engine.pull_each(self._side):
                 offered.append(PipeIncomingTask(self._communicator, self._side, task))
                 yield offered[-1]
-        except GeneratorExit:
-            # This may be the garbage collector, which may have interrupted anybody.
-            self._engine.poller.call(functools.partial(_give_back, offered))
-            raise
-        except BaseException:
-            _give_back(offered)
-            raise
-        else:
-            _give_back(offered)
 
     def task_send(self, task: Any, no_reply: bool = False) -> kiwipy.Future | None:
         """Add a task to this queue, as `PipeCommunicator.task_send` does to the default one."""
@@ -246,10 +245,28 @@ class PipeTaskQueue:
             yield None
             return
         incoming = PipeIncomingTask(self._communicator, self._side, task)
-        try:
+        with _Afterwards(self._engine, functools.partial(_give_back, [incoming])):
             yield incoming
-        finally:
-            _give_back([incoming])
+
+
+class _Afterwards:
+    """What is to be done when a context or loop ends; in the selector thread, where the garbage collector ends it.
+
+    The collector may interrupt anybody, who may hold any lock.
+    """
+
+    def __init__(self, engine: Engine, action: Callable[[], None]) -> None:
+        self._engine = engine
+        self._action = action
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is GeneratorExit:
+            self._engine.poller.call(self._action)
+        else:
+            self._action()
 
 
 def _give_back(offered: list[PipeIncomingTask]) -> None:
@@ -267,12 +284,12 @@ class PipeIncomingTask:
         self._side = side
         self._task = task
         self._state = "pending"
-        self._body = self._engine.codec.decode(task.message, "body")
+        self._dropped: weakref.finalize[..., kiwipy.Future] | None = None
 
-    @property
+    @functools.cached_property
     def body(self) -> Any:
-        """What was sent."""
-        return self._body
+        """What was sent; :raises Exception: whatever the decoder raises."""
+        return self._engine.codec.decode(self._task.message, "body")
 
     @property
     def no_reply(self) -> bool:
@@ -299,7 +316,8 @@ class PipeIncomingTask:
         outcome.add_done_callback(self._finish)
         # Not a reference of ours to the future, which would die with us where both are garbage at once.
         dropped = functools.partial(_drop, weakref.ref(self), self._engine, self._side, self._task)
-        weakref.finalize(outcome, dropped).atexit = False
+        self._dropped = weakref.finalize(outcome, dropped)
+        self._dropped.atexit = False
         return outcome
 
     @contextlib.contextmanager
@@ -310,16 +328,18 @@ class PipeIncomingTask:
         """
         self._begin()
         outcome = kiwipy.Future()
-        try:
-            yield outcome
-        except Exception as error:
-            outcome.set_exception(error)
-            raise
-        finally:
-            if outcome.done():
-                self._finish(outcome)
-            else:
-                self._give_back()
+        with _Afterwards(self._engine, functools.partial(self._end, outcome)):
+            try:
+                yield outcome
+            except Exception as error:
+                outcome.set_exception(error)
+                raise
+
+    def _end(self, outcome: kiwipy.Future) -> None:
+        if outcome.done():
+            self._finish(outcome)
+        else:
+            self._give_back()
 
     def requeue(self) -> None:
         """Let the task wait again; when this returns, it does.
@@ -353,6 +373,8 @@ class PipeIncomingTask:
     def _finish(self, outcome: kiwipy.Future) -> None:
         if outcome.cancelled():
             self._state = "pending"
+            if self._dropped is not None:
+                self._dropped.detach()
             return
         self._state = "finished"
         error = outcome.exception()

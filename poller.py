@@ -35,6 +35,8 @@ _PATIENCE_SECONDS = 1.0
 class Outbox(Protocol):
     """Something that may hold what a pipe did not take yet."""
 
+    dead: bool
+
     @property
     def is_full(self) -> bool:
         """Whether the pipe has not taken everything yet."""
@@ -99,9 +101,10 @@ class Poller:
         self._requests.append(request)
         with self._waking:
             if not self._awake and not self._closed:
-                self._awake = True
+                # The byte first: a handler that raises in between leaves one too many, rather than one too few.
                 with contextlib.suppress(BlockingIOError):
                     os.write(self._wake_write, b"\0")
+                self._awake = True
 
     def catch_up(self) -> bool:
         """Wait until what was asked for has been done; say whether it was. In any thread but the selector's."""
@@ -193,17 +196,21 @@ class Poller:
     def abandon(self) -> None:
         """Close all descriptors, and touch nothing that is shared with the process that we were forked from."""
         self._closed = True
+        self._waking = threading.RLock()  # Another thread of the parent may have had it.
         with no_fork:
             # The selector's kernel object is shared with the parent. Unlike unregistering, closing leaves it alone.
             self._selector.close()
             while self.descriptors:
                 os.close(self.descriptors.pop())
             _pollers.discard(self)
+        for writer in list(self.writers):
+            writer.dead = True  # Its descriptor's number may be another file's now.
         self.writers.clear()
 
     def _woken(self, _: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.read(self._wake_read, 4096)
-        self._awake = False
+        with self._waking:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._wake_read, 4096)
+            self._awake = False
         while self._requests:
             self._try(self._requests.popleft())

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import kiwipy
 
 if TYPE_CHECKING or not __package__:
+    import bodies
     import directories
     import discovery
     import fifo
@@ -38,7 +39,7 @@ if TYPE_CHECKING or not __package__:
     from calls import Calls, Reply, failure
     from poller import Poller
 else:
-    from . import directories, discovery, fifo, files, frames
+    from . import bodies, directories, discovery, fifo, files, frames
     from .calls import Calls, Reply, failure
     from .poller import Poller
 
@@ -68,11 +69,11 @@ class Kept:
     def add_frames(self, left: list[bytes], path: Path) -> None:
         """Keep the newest of the broadcasts that are in frames for a pipe, or in the bodies that these name."""
         for data in left[:-_KEPT]:
-            fifo.discard(data, path)
+            bodies.discard(data, path)
         self._say_dropped(len(left[:-_KEPT]))
         self._make_room(len(left[-_KEPT:]))
         for data in left[-_KEPT:]:
-            body = fifo.claimed_body(data, path)
+            body = bodies.claimed_body(data, path)
             try:
                 if body is None:
                     files.write_whole(self._new(), frames.text(data).encode())
@@ -100,11 +101,89 @@ class Kept:
             _LOGGER.warning("%d broadcasts are dropped: no coordinator took them", count)
 
 
-class Post:
+class Ways:
     """The ways out of a communicator, one `fifo.Writer` for each pipe. Safe in any thread.
 
-    `_mutex` guards the table of writers, and nothing is sent while it is held.
+    `_mutex` guards the table, and nothing is sent while it is held.
     """
+
+    def __init__(
+        self,
+        pipes: Path,
+        poller: Poller,
+        give_up: Callable[[Path, list[bytes]], None],
+        on_death: Callable[[fifo.Writer], None],
+    ) -> None:
+        """
+        :param give_up: called in the selector thread with the path of a pipe and the frames that it has not taken.
+        :param on_death: called in the selector thread with the way to a pipe that nobody reads any more.
+        """
+        self._pipes = pipes
+        self._poller = poller
+        self._give_up = give_up
+        self._on_death = on_death
+        self._writers: dict[str, fifo.Writer] = {}
+        self._mutex = threading.RLock()
+        self._closed = False
+
+    def to(self, name: str) -> fifo.Writer | None:
+        """Return the way to a pipe; `None` if nobody reads it.
+
+        :raises OSError: it cannot be opened now.
+        """
+        writer = self._writers.get(name)
+        if writer is not None and not writer.dead:
+            return writer
+        with self._mutex:
+            writer = self._writers.get(name)
+            if self._closed:
+                return None
+            if writer is None or writer.dead:
+                drops_oldest = name == directories.BROADCAST_INTAKE
+                try:
+                    writer = fifo.Writer(self._poller, self._pipes / name, self._died, drops_oldest=drops_oldest)
+                except OSError as error:
+                    if error.errno in (errno.ENXIO, errno.ENOENT):
+                        return None
+                    raise
+                self._writers[name] = writer
+            return writer
+
+    def _died(self, writer: fifo.Writer, left: list[bytes]) -> None:
+        with self._mutex:
+            if self._writers.get(writer.path.name) is writer:
+                del self._writers[writer.path.name]
+        self._give_up(writer.path, left)
+        self._on_death(writer)
+
+    def look(self) -> None:
+        """Say what was dropped. In the selector thread, now and then."""
+        with self._mutex:
+            writers = list(self._writers.values())
+        for writer in writers:
+            if writer.dropped:
+                count, writer.dropped = writer.dropped, 0
+                _LOGGER.warning("%s is not read: %d messages to it were dropped", writer.path, count)
+
+    def close(self) -> None:
+        """Close all ways; give up what they have not taken, and say what is dropped. In the selector thread."""
+        self.look()
+        with self._mutex:
+            self._closed = True
+            writers, self._writers = list(self._writers.values()), {}
+        for writer in writers:
+            left = writer.take_back()
+            writer.close()
+            if directories.is_reply_pipe(writer.path.name):
+                # Its reader looks for bodies itself, so what is on the disk is not lost with its doorbell.
+                left = [data for data in left if frames.claimed(data) is None]
+            if left and writer.path.name != directories.BROADCAST_INTAKE:
+                _LOGGER.warning("%s is not read: %d messages to it are dropped", writer.path, len(left))
+            self._give_up(writer.path, left)
+
+
+class Post:
+    """Sends what leaves a communicator. Safe in any thread."""
 
     def __init__(
         self,
@@ -119,81 +198,15 @@ class Post:
         self._layout = layout
         self._poller = poller
         self._codec = codec
-        self._on_death = on_death
         self._kept = Kept(layout.pipes, self.ring)
-        self._writers: dict[str, fifo.Writer] = {}
-        self._mutex = threading.RLock()
-        self._closed = False
+        self.ways = Ways(layout.pipes, poller, self._give_up, on_death)
 
-    def writer(self, name: str) -> fifo.Writer | None:
-        """Return the way to a pipe; `None` if nobody reads it.
-
-        :raises OSError: it cannot be opened now.
-        """
-        writer = self._writers.get(name)
-        if writer is not None and not writer.dead:
-            return writer
-        with self._mutex:
-            writer = self._writers.get(name)
-            if self._closed:
-                return None
-            if writer is None or writer.dead:
-                try:
-                    writer = fifo.Writer(
-                        self._poller,
-                        self._layout.pipes / name,
-                        self._died,
-                        drops_oldest=name == directories.BROADCAST_INTAKE,
-                    )
-                except OSError as error:
-                    if error.errno in (errno.ENXIO, errno.ENOENT):
-                        return None
-                    raise
-                self._writers[name] = writer
-            return writer
-
-    def _died(self, writer: fifo.Writer, left: list[bytes]) -> None:
-        with self._mutex:
-            if self._writers.get(writer.path.name) is writer:
-                del self._writers[writer.path.name]
-        self._give_up(writer, left)
-        self._on_death(writer)
-
-    def _give_up(self, writer: fifo.Writer, left: list[bytes]) -> None:
-        if writer.path.name == directories.BROADCAST_INTAKE:
-            if left:
-                self._kept.add_frames(left, writer.path)
-            return
-        for data in left:
-            fifo.discard(data, writer.path)
-
-    def look(self) -> None:
-        """Say what was dropped. In the selector thread, now and then."""
-        with self._mutex:
-            writers = list(self._writers.values())
-        for writer in writers:
-            if writer.dropped:
-                count, writer.dropped = writer.dropped, 0
-                _LOGGER.warning("%s is not read: %d messages to it were dropped", writer.path, count)
-
-    def close(self) -> None:
-        """Close all ways; keep what must be kept of what they have not taken, and say what is dropped.
-
-        In the selector thread.
-        """
-        self.look()
-        with self._mutex:
-            self._closed = True
-            writers, self._writers = list(self._writers.values()), {}
-        for writer in writers:
-            left = writer.take_back()
-            writer.close()
-            if directories.is_reply_pipe(writer.path.name):
-                # Its reader looks for bodies itself, so what is on the disk is not lost with its doorbell.
-                left = [data for data in left if frames.claimed(data) is None]
-            if left and writer.path.name != directories.BROADCAST_INTAKE:
-                _LOGGER.warning("%s is not read: %d messages to it are dropped", writer.path, len(left))
-            self._give_up(writer, left)
+    def _give_up(self, path: Path, left: list[bytes]) -> None:
+        if path.name != directories.BROADCAST_INTAKE:
+            for data in left:
+                bodies.discard(data, path)
+        elif left:
+            self._kept.add_frames(left, path)
 
     # To the coordinator
 
@@ -202,7 +215,7 @@ class Post:
         data = frames.frame(frames.encode(message))
         with contextlib.suppress(OSError, BufferError):
             for _ in range(2):
-                writer = self.writer(directories.TASKS_INTAKE)
+                writer = self.ways.to(directories.TASKS_INTAKE)
                 if writer is not None and data is not None:
                     with contextlib.suppress(BrokenPipeError):
                         writer.send(data)
@@ -220,34 +233,40 @@ class Post:
         """
         text = self._codec.encode(message)
         try:
-            if not self._send_broadcast(text):
-                self._kept.add(text)
+            self._send_or_keep(text)
+        except FileNotFoundError:
+            directories.remake(self._layout)
+            self._send_or_keep(text)
         except OSError as error:
             if error.errno not in _NO_DESCRIPTOR:
                 raise
             with self._poller.spare_descriptor():
                 self._leave_broadcast(text)
 
+    def _send_or_keep(self, text: str) -> None:
+        if not self._send_broadcast(text):
+            self._kept.add(text)
+
     def _send_broadcast(self, text: str) -> bool:
         for _ in range(2):
-            writer = self.writer(directories.BROADCAST_INTAKE)
+            writer = self.ways.to(directories.BROADCAST_INTAKE)
             if writer is None:
                 return False
-            data = fifo.pack(text, writer.path)
+            data = bodies.pack(text, writer.path)
             try:
                 writer.send(data)
                 return True
             except BrokenPipeError:
-                fifo.discard(data, writer.path)
+                bodies.discard(data, writer.path)
         return False
 
     def _leave_broadcast(self, text: str) -> None:
         path = self._layout.pipes / directories.BROADCAST_INTAKE
-        data = fifo.pack(text, path)
+        data = bodies.pack(text, path)
         try:
             fifo.write_once(path, data)
         except OSError:
-            fifo.discard(data, path)
+            bodies.discard(data, path)
             self._kept.add(text)
 
     # To others
@@ -264,7 +283,7 @@ class Post:
         # A second time, since the pipe that we know may belong to a life of the recipient that is over.
         for _ in range(2):
             pipe = discovery.route_target(route)
-            writer = self.writer(pipe) if pipe else None
+            writer = self.ways.to(pipe) if pipe else None
             if writer is None:
                 break
             correlation_id, future = calls.expect(writer)
@@ -272,12 +291,12 @@ class Post:
                 text = self._codec.encode(
                     {"to": recipient, "body": body, "reply_to": reply_to, "correlation_id": correlation_id}
                 )
-                data = fifo.pack(text, writer.path)
+                data = bodies.pack(text, writer.path)
                 try:
                     writer.send(data)
                     return future
                 except (BrokenPipeError, BufferError) as error:
-                    fifo.discard(data, writer.path)
+                    bodies.discard(data, writer.path)
                     calls.forget(correlation_id)
                     if isinstance(error, BufferError):
                         raise kiwipy.DeliveryFailed(str(error)) from error
@@ -286,17 +305,29 @@ class Post:
                 raise
         raise kiwipy.UnroutableError(f"no RPC subscriber '{recipient}'")
 
-    def answer(self, reply_to: object, correlation_id: object, *, outlives: bool = False, **fields: Any) -> None:
-        """Send an answer to whoever waits for it.
+    def answer(self, reply_to: object, correlation_id: object, **fields: Any) -> None:
+        """Send an answer to whoever waits for it."""
+        if directories.is_reply_pipe(reply_to):
+            self.deliver(reply_to, correlation_id, self.express(correlation_id, fields))
+
+    def express(self, correlation_id: object, fields: dict[str, Any]) -> str:
+        """Return the text of an answer. What a user's encoder raises is the answer then."""
+        try:
+            return self._codec.encode({**fields, "correlation_id": correlation_id})
+        except BaseException as error:
+            return self._excuse(correlation_id, error)
+
+    def _excuse(self, correlation_id: object, error: BaseException) -> str:
+        why = f"the result cannot be sent: {failure(error)['exception']}"
+        return frames.encode({"exception": why, "correlation_id": correlation_id})
+
+    def deliver(self, reply_to: object, correlation_id: object, text: str, *, outlives: bool = False) -> None:
+        """Send the text of an answer to whoever waits for it; run no code of a user's.
 
         :param outlives: it is the outcome of a task: where the pipe does not take it, it goes to the disk first.
         """
         if not directories.is_reply_pipe(reply_to):
             return
-        try:
-            text = self._codec.encode({"correlation_id": correlation_id, **fields})
-        except Exception as error:
-            text = self._excuse(correlation_id, error)
         try:
             self._deliver(text, str(reply_to), outlives)
         except OSError as error:
@@ -304,18 +335,13 @@ class Post:
             with contextlib.suppress(OSError):
                 self._deliver(self._excuse(correlation_id, error), str(reply_to), outlives)
 
-    def _excuse(self, correlation_id: object, error: BaseException) -> str:
-        return frames.encode(
-            {"correlation_id": correlation_id, "exception": f"the result cannot be sent: {failure(error)['exception']}"}
-        )
-
     def _deliver(self, text: str, name: str, outlives: bool) -> None:
         try:
             for _ in range(2):
-                writer = self.writer(name)
+                writer = self.ways.to(name)
                 if writer is None:
                     if not os.path.lexists(self._layout.pipes / name):
-                        fifo.pack_body(text, self._layout.pipes / name)
+                        bodies.pack_body(text, self._layout.pipes / name)
                     return
                 try:
                     self._send(text, writer, outlives)
@@ -334,15 +360,15 @@ class Post:
             return
         if data is None or outlives:
             try:
-                data = fifo.pack_body(text, writer.path)
+                data = bodies.pack_body(text, writer.path)
             except OSError:
                 if data is None:
                     raise
         try:
             writer.send(data)
         except BrokenPipeError:
-            fifo.discard(data, writer.path)
+            bodies.discard(data, writer.path)
             raise
         except BufferError:
-            if fifo.claimed_body(data, writer.path) is None:
-                fifo.pack_body(text, writer.path)  # It is found when the receiver looks for bodies itself.
+            if bodies.claimed_body(data, writer.path) is None:
+                bodies.pack_body(text, writer.path)  # It is found when the receiver looks for bodies itself.

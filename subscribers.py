@@ -60,6 +60,8 @@ class Side:
     claims: taskqueue.Claims | None = None
     put_by: deque[str] = field(default_factory=deque)
     """Rings for which there was no room."""
+    rung: set[str] = field(default_factory=set)
+    """Names on their way to the lane, or put by: they are not taken in twice."""
     listed: list[str] = field(default_factory=list)
     """A heap of names that waited when the directory was last listed, for those who pull."""
 
@@ -140,21 +142,24 @@ class TaskSubscribers:
         if side is None or not isinstance(names, list):
             raise frames.Garbage("a frame that is no ring")
         for name in names:
-            if directories.is_quoted(name):
+            if directories.is_quoted(name) and name not in side.rung:
+                side.rung.add(name)
                 self.lane.put(functools.partial(self._work, side, name))
         self._reports.expect()
 
     def _work(self, side: Side, name: str) -> None:
         subscribers = list(side.subscribers.values())
-        if not subscribers or side.claims is None:
-            self._report(side, "lost", name)
-        elif not side.has_room():
+        if subscribers and side.claims is not None and not side.has_room():
             side.put_by.append(name)
+            return
+        side.rung.discard(name)
+        if not subscribers or side.claims is None:
+            self._report(side, "rejected", name)
         else:
             try:
                 task = side.claims.take(name)
             except taskqueue.Unreadable as error:
-                _LOGGER.error("Task %s failed: %s", name, error)
+                self._tell_unreadable(name, error)
                 self._report(side, "done", name)
             except OSError as error:
                 _LOGGER.error("Task %s could not be read and waits again: %s", name, error)
@@ -212,9 +217,12 @@ class TaskSubscribers:
         In any thread.
         """
 
+        # By the user's encoder, so before any lock is held.
+        text = "" if task.no_reply else self._post.express(task.correlation_id, answer)
+
         def reply() -> None:
-            if not task.no_reply:
-                self._post.answer(task.reply_to, task.correlation_id, outlives=True, **answer)
+            if text:
+                self._post.deliver(task.reply_to, task.correlation_id, text, outlives=True)
 
         reason = str(answer.get("traceback", ""))
         held = side.claims is not None and side.claims.settle(task, reply, "completed", reason)
@@ -290,17 +298,29 @@ class TaskSubscribers:
         try:
             task = side.claims.take(name) if side.claims is not None else None
         except taskqueue.Unreadable as error:
-            _LOGGER.error("Task %s failed: %s", name, error)
+            self._tell_unreadable(name, error)
             return None
         if task is not None:
             self._report(side, "claimed", name)
         return task
 
+    def _tell_unreadable(self, name: str, error: taskqueue.Unreadable) -> None:
+        _LOGGER.error("Task %s failed: %s", name, error)
+        correlation_id = error.envelope.get("correlation_id")
+        text = self._post.express(correlation_id, {"exception": str(error)})
+        self._post.deliver(error.envelope.get("reply_to"), correlation_id, text, outlives=True)
+
     def look(self) -> None:
         """Move what could not be moved when it was finished."""
         for side in list(self.sides.values()):
             if side.claims is not None:
-                side.claims.retry()
+                side.claims.look()
+
+    def disown(self) -> None:
+        """Hold nothing, in a forked child."""
+        for side in self.sides.values():
+            if side.claims is not None:
+                side.claims.disown()
 
 
 class MessageSubscribers:

@@ -12,12 +12,13 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import kiwipy
@@ -26,20 +27,55 @@ if TYPE_CHECKING or not __package__:
     import directories
     import discovery
     import fifo
-    import files
     import taskqueue
     from life import Intake, Life
     from poller import Poller
     from post import Post
     from subscribers import MessageSubscribers, Side, TaskSubscribers
 else:
-    from . import directories, discovery, fifo, files, taskqueue
+    from . import directories, discovery, fifo, taskqueue
     from .life import Intake, Life
     from .poller import Poller
     from .post import Post
     from .subscribers import MessageSubscribers, Side, TaskSubscribers
 
 _LOGGER = logging.getLogger(__name__)
+
+
+def _mending(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Do something; where a directory is gone, make it again, and then do it."""
+
+    @functools.wraps(step)
+    def mended(self: Subscriptions, *arguments: Any) -> Any:
+        self.ensure_open()
+        try:
+            return step(self, *arguments)
+        except FileNotFoundError:
+            self.remake()
+            return step(self, *arguments)
+
+    return mended
+
+
+@contextlib.contextmanager
+def _added(subscribers: dict[str, Any], subscriber: Any, identifier: Any, kind: str) -> Iterator[Any]:
+    """Add a subscriber, and take it out again if what has to follow fails."""
+    if not callable(subscriber):
+        raise TypeError(f"the subscriber must be callable, not {subscriber!r}")
+    identifier = uuid.uuid4().hex if identifier in (None, "") else identifier
+    if str(identifier) in subscribers:
+        raise kiwipy.DuplicateSubscriberIdentifier(f"{kind} identifier '{identifier}'")
+    subscribers[str(identifier)] = subscriber
+    try:
+        yield identifier
+    except BaseException:
+        subscribers.pop(str(identifier), None)
+        raise
+
+
+def _take_out(subscribers: dict[str, Any], identifier: Any, kind: str) -> None:
+    if subscribers.pop(str(identifier), None) is None:
+        raise ValueError(f"unknown {kind} subscriber '{identifier}'")
 
 
 class Subscriptions:
@@ -53,7 +89,7 @@ class Subscriptions:
         tasks: TaskSubscribers,
         messages: MessageSubscribers,
         reply: str,
-        handlers: dict[str, Callable[[fifo.Reader, bytes], None]],
+        handlers: Mapping[str, Callable[[fifo.Reader, bytes], None]],
         *,
         fsync: bool,
     ) -> None:
@@ -70,6 +106,7 @@ class Subscriptions:
         self._handlers = handlers
         self._fsync = fsync
         self._life: Life | None = None
+        self._has_lived = False
         self._intake = Intake(layout, poller)
         self._listens_since = 0.0
         self._mutex = threading.RLock()
@@ -91,14 +128,12 @@ class Subscriptions:
             side = self._tasks.sides.get(key)
             if side is None:
                 queue = taskqueue.TaskQueue(self._layout.queue_directory(key), fsync=self._fsync)
-                queue.make()
-                if name is not None and not os.path.lexists(queue.directory / "name"):
-                    files.write_whole(queue.directory / "name", name.encode())
+                queue.make(name)
                 side = self._tasks.sides[key] = Side(key, queue, prefetch)
             elif prefetch and prefetch != side.prefetch:
                 side.prefetch = prefetch
                 if side.subscribers:
-                    self._register()
+                    self._register(self.live(None))
             return side
 
     def hold(self, side: Side) -> None:
@@ -114,8 +149,8 @@ class Subscriptions:
         with self._mutex:
             if self._life is None:
                 life = Life(self._layout, self._poller, worker_id)
-                self._life = life
-                self._register()
+                self._life, self._has_lived = life, True
+                self._register(life)
                 self._ring_given_back(life)
             return self._life
 
@@ -123,29 +158,32 @@ class Subscriptions:
         for key, name in life.take_given_back():
             self._post.ring_task(key, name)
 
+    @_mending
     def add_task(self, side: Side, subscriber: Callable[..., Any], identifier: Any) -> Any:
         """Subscribe to a task queue."""
-        with self._mutex, self._adding(side.subscribers, subscriber, identifier, "Task") as identifier:
+        with self._mutex, _added(side.subscribers, subscriber, identifier, "Task") as identifier:
             self._tasks.lane.start()
             self.hold(side)
             self._open("task")
-            self._register()
+            self._register(self.live(None))
             return identifier
 
     def remove_task(self, side: Side, identifier: Any) -> None:
         """Unsubscribe from a task queue."""
         with self._mutex:
-            self._remove(side.subscribers, identifier, "task")
+            self.ensure_open()
+            _take_out(side.subscribers, identifier, "task")
             if not side.subscribers:
-                self._register()
+                self._register_later()
 
+    @_mending
     def add_rpc(self, subscriber: Callable[..., Any], identifier: Any) -> Any:
         """Subscribe to the calls for an identifier."""
-        with self._mutex, self._adding(self._messages.rpc, subscriber, identifier, "RPC") as identifier:
+        with self._mutex, _added(self._messages.rpc, subscriber, identifier, "RPC") as identifier:
             self._messages.lane.start()
             life = self.live(None)
             if self._open("rpc"):
-                self._register()
+                self._register(life)
             free = life.claim_route(str(identifier))
             self._ring_given_back(life)
             if not free:
@@ -155,49 +193,31 @@ class Subscriptions:
     def remove_rpc(self, identifier: Any) -> None:
         """Unsubscribe from the calls for an identifier."""
         with self._mutex:
-            self._remove(self._messages.rpc, identifier, "RPC")
+            self.ensure_open()
+            _take_out(self._messages.rpc, identifier, "RPC")
             if self._life is not None:
                 self._life.release_route(str(identifier))
 
+    @_mending
     def add_broadcast(self, subscriber: Callable[..., Any], identifier: Any) -> Any:
         """Subscribe to all broadcasts."""
-        with self._mutex, self._adding(self._messages.broadcast, subscriber, identifier, "Broadcast") as identifier:
+        with self._mutex, _added(self._messages.broadcast, subscriber, identifier, "Broadcast") as identifier:
             self._messages.lane.start()
             if len(self._messages.broadcast) == 1:
-                self.live(None)
+                life = self.live(None)
                 self._open("broadcast")
                 self._listens_since = time.time()
                 self._intake.hold()
-                self._register()
+                self._register(life)
             return identifier
 
     def remove_broadcast(self, identifier: Any) -> None:
         """Unsubscribe from broadcasts."""
         with self._mutex:
-            self._remove(self._messages.broadcast, identifier, "broadcast")
+            self.ensure_open()
+            _take_out(self._messages.broadcast, identifier, "broadcast")
             if not self._messages.broadcast:
-                self._register()
-
-    @contextlib.contextmanager
-    def _adding(self, subscribers: dict[str, Any], subscriber: Any, identifier: Any, kind: str) -> Iterator[Any]:
-        """Add a subscriber, and take it out again if what has to follow fails."""
-        self.ensure_open()
-        if not callable(subscriber):
-            raise TypeError(f"the subscriber must be callable, not {subscriber!r}")
-        identifier = uuid.uuid4().hex if identifier in (None, "") else identifier
-        if str(identifier) in subscribers:
-            raise kiwipy.DuplicateSubscriberIdentifier(f"{kind} identifier '{identifier}'")
-        subscribers[str(identifier)] = subscriber
-        try:
-            yield identifier
-        except BaseException:
-            subscribers.pop(str(identifier), None)
-            raise
-
-    def _remove(self, subscribers: dict[str, Any], identifier: Any, kind: str) -> None:
-        self.ensure_open()
-        if subscribers.pop(str(identifier), None) is None:
-            raise ValueError(f"unknown {kind} subscriber '{identifier}'")
+                self._register_later()
 
     def _open(self, kind: str) -> bool:
         """Make a pipe of ours; say whether there was none."""
@@ -208,45 +228,53 @@ class Subscriptions:
         life.pipes.open(name, self._handlers[kind])
         return True
 
-    def _register(self) -> None:
-        life = self._life
-        if life is None:
-            return
+    def _register(self, life: Life) -> None:
+        self._entry(life).register(self._layout)
+        self._post.ring({"type": "register", "worker": life.worker_id})
+
+    def _register_later(self) -> None:
+        """Register what has become less; where that cannot be done now, it is done at the next look."""
+        with contextlib.suppress(OSError):
+            if self._life is not None:
+                self._register(self._life)
+
+    def _entry(self, life: Life) -> discovery.Worker:
         # What has no pipe yet is registered once it has one.
         sides = list(self._tasks.sides.values()) if f"task_{life.worker_id}" in life.pipes else []
         listens = bool(self._messages.broadcast) and f"broadcast_{life.worker_id}" in life.pipes
-        life.register(
-            discovery.Worker(
-                worker_id=life.worker_id,
-                pid=os.getpid(),
-                since=life.since,
-                reply=self._reply,
-                queues={side.key: side.prefetch for side in sides if side.subscribers},
-                rpc=f"rpc_{life.worker_id}" in life.pipes,
-                broadcast=listens,
-                listens_since=self._listens_since if listens else 0.0,
-            )
+        return discovery.Worker(
+            worker_id=life.worker_id,
+            pid=os.getpid(),
+            since=life.since,
+            reply=self._reply,
+            queues={side.key: side.prefetch for side in sides if side.subscribers},
+            rpc=f"rpc_{life.worker_id}" in life.pipes,
+            broadcast=listens,
+            listens_since=self._listens_since if listens else 0.0,
         )
-        self._post.ring({"type": "register", "worker": life.worker_id})
+
+    def remake(self) -> None:
+        """Make our directories again, and soon what lay in them."""
+        directories.remake(self._layout)
+        self._poller.call(self.look)
 
     def look(self) -> None:
-        """Make again what is not in place; begin a new life where another has the id. In the selector thread."""
-        with self._mutex:
-            life = self._life
-            if life is None or self.closed:
-                return
-            if self._messages.broadcast:
-                self._intake.hold()
-            if not life.look():
-                self._live_again(life)
+        """Make again what is not in place; begin a new life where another has the id. In the selector thread.
 
-    def _live_again(self, lost: Life) -> None:
-        _LOGGER.error("Another process has the worker id %s now: what it held is for others", lost.worker_id)
-        lost.abandon()
-        self._life = None
-        life = self.live(None)
+        :raises OSError: something cannot be made; the next look goes on where this one ended.
+        """
+        with self._mutex:
+            if self.closed or not self._has_lived:
+                return
+            if self._life is not None and not self._life.look():
+                _LOGGER.error("Another process has the worker id %s: what it held is for others", self._life.worker_id)
+                self._life.abandon()
+                self._life = None
+            self._complete(self.live(None))
+
+    def _complete(self, life: Life) -> None:
         for side in self._tasks.sides.values():
-            if side.claims is not None:
+            if side.claims is not None and side.claims.worker_id != life.worker_id:
                 side.claims = taskqueue.Claims(side.queue, life.worker_id)
         for kind, has in (
             ("task", any(side.subscribers for side in self._tasks.sides.values())),
@@ -255,10 +283,20 @@ class Subscriptions:
         ):
             if has:
                 self._open(kind)
-        for identifier in self._messages.rpc:
+        for identifier in self._messages.rpc.keys() - life.routes:
             if not life.claim_route(identifier):
                 _LOGGER.error("The RPC identifier '%s' has been taken by another worker", identifier)
-        self._register()
+        if self._messages.broadcast:
+            self._intake.hold()
+        if not life.is_registered(self._entry(life)):
+            self._register(life)
+
+    def listen_on(self) -> None:
+        """Hold the coordinator's intake open, now that a broadcast tells that there is a coordinator."""
+        if not self._intake.is_held:
+            with self._mutex:
+                if not self.closed:
+                    self._intake.hold()
 
     def inject(self, receiver: str, data: bytes) -> None:
         """Take a frame as if it had come by our RPC pipe, if that is who it is for. In the selector thread."""

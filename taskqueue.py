@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import json
 import os
 import re
 import threading
@@ -39,8 +38,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or not __package__:
     import files
+    import frames
 else:
-    from . import files
+    from . import files, frames
 
 MAX_DEATHS = 20
 COMPLETED_KEPT_SECONDS = 24 * 3600.0
@@ -72,6 +72,11 @@ def new_id() -> str:
 class Unreadable(ValueError):
     """A task file does not hold a task."""
 
+    def __init__(self, why: str, envelope: frames.Message | None = None) -> None:
+        super().__init__(why)
+        self.envelope = envelope or {}
+        """Who sent it, as far as it can be known: ``reply_to`` and ``correlation_id``."""
+
 
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -89,12 +94,14 @@ class Task:
         :raises OSError: it could not be read now; it may be readable later.
         """
         try:
-            message = json.loads(files.read(path))
-            if "body" not in message:
-                raise KeyError("body")
-            return cls(name, {**message})
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise Unreadable(f"it is not a task: {type(error).__name__}: {error}") from error
+            message = frames.parse(files.read(path))
+        except frames.Garbage as error:
+            raise Unreadable(f"it is not a task: {error}", error.envelope) from error
+        except files.NotAFile as error:
+            raise Unreadable(f"it is not a task: {error}") from error
+        if "body" not in message:
+            raise Unreadable("it is not a task: it has no body")
+        return cls(name, message)
 
     @property
     def no_reply(self) -> bool:
@@ -123,13 +130,16 @@ class TaskQueue:
         self._root = str(directory)
         self._fsync = fsync
 
-    def make(self) -> None:
+    def make(self, name: str | None = None) -> None:
         """Make the directories that are missing.
 
+        :param name: the queue's name, as its user wrote it, to be kept in it.
         :raises OSError: they cannot be made.
         """
         for state in ("claimed", "completed", "failed"):
             files.make_directories(self.directory / state)
+        if name is not None and not os.path.lexists(self.directory / "name"):
+            files.write_whole(self.directory / "name", name.encode())
 
     def file(self, name: str, state: str = "") -> str:
         """Return where a task is kept in a state: '' (waiting), 'completed', 'failed' or 'claimed/…'.
@@ -191,8 +201,9 @@ class TaskQueue:
     def claimed(self) -> Iterator[tuple[str, str]]:
         """Yield the claimed tasks: the worker id, and the task's name."""
         for worker_id in self.claims():
-            for name in self.names(f"claimed/{worker_id}"):
-                yield worker_id, name
+            with contextlib.suppress(OSError):  # One that cannot be read stops nobody from seeing the others.
+                for name in self.names(f"claimed/{worker_id}"):
+                    yield worker_id, name
 
     def is_waiting(self, name: str) -> bool:
         """Say whether a task waits under this name."""
@@ -269,15 +280,24 @@ class TaskQueue:
             if name < limit and files.is_older(self.file(name, "completed"), COMPLETED_KEPT_SECONDS):
                 old.append(name)
             yield False
-        if count - len(old) > COMPLETED_KEPT:
-            old = heapq.nsmallest(count - COMPLETED_KEPT, self.names("completed"))
         for name in old:
-            files.remove(self._reason(name, "completed"))
-            yield files.remove(self.file(name, "completed"))
+            yield self._remove_completed(name)
+        if count - len(old) > COMPLETED_KEPT:
+            kept: list[str] = []
+            for name in self.names("completed"):
+                kept.append(name)
+                yield False
+            heapq.heapify(kept)
+            for _ in range(len(kept) - COMPLETED_KEPT):
+                yield self._remove_completed(heapq.heappop(kept))
         for state in ("completed", "failed"):
             for found in files.listed(f"{self._root}/{state}"):
                 if found.endswith(".reason"):
                     yield self._sweep_reason(found, state)
+
+    def _remove_completed(self, name: str) -> bool:
+        files.remove(self._reason(name, "completed"))
+        return files.remove(self.file(name, "completed"))
 
     def _sweep_reason(self, found: str, state: str) -> bool:
         # It comes before its task, so a young one may be about to get it.
@@ -289,16 +309,19 @@ class TaskQueue:
 class Claims:
     """The tasks that one life of a worker holds in one queue.
 
-    `_mutex` guards it; it is reentrant, as a signal handler or a finalizer may settle a task.
+    `_mutex` guards it; it is reentrant, as a signal handler or a finalizer may settle a task. Such a handler may also
+    raise, between any two lines here. So a name stands in `_leaving` before its file is moved, and until it is where it
+    belongs: whatever was interrupted, or could not be done, is done at the next look.
     """
 
     def __init__(self, queue: TaskQueue, worker_id: str) -> None:
         self.queue = queue
+        self.worker_id = worker_id
         self._state = f"claimed/{worker_id}"
         self._directory = queue.directory / self._state
         self._held: dict[str, Task] = {}
-        self._unmoved: dict[str, str] = {}
-        """What could not be moved when it left our hands, and where to."""
+        self._leaving: dict[str, str] = {}
+        """What may be claimed and is in nobody's hands, and the state it goes to."""
         self._mutex = threading.RLock()
         self._closed = False
 
@@ -308,21 +331,27 @@ class Claims:
     def take(self, name: str) -> Task | None:
         """Claim a waiting task; `None` if somebody else has it (losing that race is normal).
 
-        :raises Unreadable: it was no task; it is in ``failed/`` now.
+        :raises Unreadable: it was no task; it goes to ``failed/``.
         :raises OSError: it could not be read now, and it waits again.
         """
         with self._mutex:
-            if self._closed or not self._claim(name):
+            if self._closed or name in self._held:
                 return None
+            self._leaving[name] = ""
             try:
+                if not self._claim(name):
+                    del self._leaving[name]
+                    return None
                 task = Task.read(self.queue.file(name, self._state), name)
             except Unreadable as error:
-                self.queue.fail(name, self._state, str(error))
+                self.queue.note(name, "failed", str(error))
+                self._leave(name, "failed")
                 raise
             except OSError:
                 self._leave(name, "")
                 raise
             self._held[name] = task
+            del self._leaving[name]
             return task
 
     def _claim(self, name: str) -> bool:
@@ -336,7 +365,7 @@ class Claims:
     def settle(self, task: Task, before: Callable[[], None], state: str, reason: str = "") -> bool:
         """Let a task out of our hands: the one place where that happens.
 
-        :param before: puts its outcome on its way; called first.
+        :param before: puts its outcome on its way; called first, and does not wait.
         :param state: where it goes: 'completed', or '' to wait again.
         :param reason: what its subscriber raised; kept beside it.
         :return: whether it was still held; if not, nothing was done.
@@ -344,39 +373,48 @@ class Claims:
         with self._mutex:
             if self._held.get(task.name) is not task:
                 return False
+            self._leaving[task.name] = ""
             del self._held[task.name]
             before()
+            self._leaving[task.name] = state
             if reason:
                 self.queue.note(task.name, state, reason)
             self._leave(task.name, state)
             return True
 
     def _leave(self, name: str, state: str) -> None:
-        try:
+        self._leaving[name] = state
+        with contextlib.suppress(OSError):
             self.queue.move(name, self._state, state)
-            self._unmoved.pop(name, None)
-        except OSError:
-            self._unmoved[name] = state
+            del self._leaving[name]
 
-    def retry(self) -> None:
+    def look(self) -> None:
         """Move what could not be moved before."""
         with self._mutex:
-            for name, state in list(self._unmoved.items()):
+            for name, state in list(self._leaving.items()):
                 self._leave(name, state)
 
+    def disown(self) -> None:
+        """Hold nothing, in a forked child: all of it is the parent's."""
+        self._mutex = threading.RLock()  # Another thread of the parent may have had it.
+        self._closed = True
+        self._held.clear()
+        self._leaving.clear()
+
     def close(self) -> list[str]:
-        """Give back what is held, and remove the claim directory unless something is left in it.
+        """Give back what is held.
 
         :return: the names that wait again.
         """
         with self._mutex:
             self._closed = True
-            self.retry()
+            self.look()
             names = sorted(self._held)
-            self._held.clear()
             for name in names:
+                self._leaving[name] = ""
+                del self._held[name]
                 self._leave(name, "")
-            return [name for name in names if name not in self._unmoved]
+            return [name for name in names if name not in self._leaving]
 
 
 def split(name: str) -> tuple[str, int]:

@@ -31,6 +31,7 @@ MODULES = (
     "discovery.py",
     "frames.py",
     "poller.py",
+    "bodies.py",
     "fifo.py",
     "lane.py",
     "taskqueue.py",

@@ -23,6 +23,7 @@ from pathlib import Path
 import kiwipy
 import pytest
 
+import bodies
 import control
 import coordinator
 import directories
@@ -599,7 +600,7 @@ def test_deep_huge_and_duplicate_json(served: Broker) -> None:
         '{"to":"echo","body":"' + "x" * 50_000_000 + '"}',
     ]
     for text in texts:
-        data = fifo.pack(text, served.pipes / "rpc_victim")
+        data = bodies.pack(text, served.pipes / "rpc_victim")
         with open(served.pipes / "rpc_victim", "wb", buffering=0) as pipe:
             pipe.write(data)
         assert communicator.rpc_send("echo", 1).result(TIMEOUT) == 1

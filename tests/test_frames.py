@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-import fifo
+import bodies
 import frames
 
 
@@ -22,11 +22,11 @@ def test_large_body_must_be_for_this_pipe(tmp_path: Path) -> None:
     for name in ("../secret", "/etc/passwd", f"body_other.{'0' * 32}", f"body_rpc_me.{'0' * 31}/", 17, None):
         text = json.dumps({"body_file": name}, separators=(",", ":"))
         with pytest.raises(frames.Garbage):
-            fifo.unpack(frames.frame(text) or b"", receiver)
+            bodies.unpack(frames.frame(text) or b"", receiver)
     body = tmp_path / f"body_rpc_me.{'0' * 32}"
     body.symlink_to("/etc/passwd")
-    with pytest.raises(OSError):
-        fifo.unpack(frames.frame(f'{{"body_file":"{body.name}"}}') or b"", receiver)
+    with pytest.raises(frames.Garbage):
+        bodies.unpack(frames.frame(f'{{"body_file":"{body.name}"}}') or b"", receiver)
 
 
 def test_frames_are_found_again_after_garbage() -> None:
@@ -74,7 +74,7 @@ def test_a_million_frames_between_garbage() -> None:
                 found += frame == proper
                 if frame != proper:
                     with contextlib.suppress(frames.Garbage):
-                        fifo.unpack(frame, Path("/nowhere/rpc_x"))
+                        bodies.unpack(frame, Path("/nowhere/rpc_x"))
                     wrong += 1
     assert found == 1_000_000
     assert wrong > 0 and stream_of.skipped > 1_000_000

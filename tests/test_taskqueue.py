@@ -65,5 +65,5 @@ def test_task_that_cannot_be_moved_is_not_forgotten(tmp_path: Path) -> None:
     assert task is not None and claims.settle(task, lambda: None, "completed")
     assert [name for _, name in queue.claimed()] == [name]
     (tmp_path / "completed").unlink()
-    claims.retry()
+    claims.look()
     assert list(queue.names("completed")) == [name]

@@ -23,7 +23,7 @@ def run_coordinator_command(ctx: click.Context, *arguments: str) -> None:
 
     profile = ctx.obj.profile
     config_path = pathlib.Path(ctx.obj.config.dirpath, 'profiles', profile.name)
-    sys.exit(control.main(['--profile', profile.name, '--config-path', str(config_path), *arguments]))
+    sys.exit(control.main([f'--profile={profile.name}', f'--config-path={config_path}', *arguments]))
 
 
 def warn_other_broker(profile) -> None:
