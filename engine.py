@@ -301,6 +301,9 @@ class Engine:
 
     def _look(self) -> None:
         self.poller.later(LOOK_SECONDS, self._look)
+        self._look_once()
+
+    def _look_once(self) -> None:
         for step in (
             functools.partial(directories.remake, self.layout),
             self._pipes.look,

@@ -54,14 +54,17 @@ class Pipes:
     def __contains__(self, name: str) -> bool:
         return name in self._readers
 
-    def open(self, name: str, handler: Callable[[Reader, bytes], None]) -> None:
-        """Make a pipe, and call `handler` in the selector thread for each frame that comes.
+    def open(self, name: str, handler: Callable[[Reader, bytes], None]) -> bool:
+        """Make a pipe that is not in place, and call `handler` in the selector thread for each frame that comes.
 
+        :return: whether there was none.
         :raises OSError: it cannot be made.
         """
-        if name not in self._readers:
+        is_new = name not in self._readers
+        if is_new or not self._readers[name][-1].is_in_place():
             self._handlers[name] = handler
             self._add(name)
+        return is_new
 
     def _add(self, name: str) -> None:
         reader = Reader(self._poller, self._layout.pipes / name)

@@ -12,6 +12,7 @@ Rules:
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import os
@@ -332,7 +333,8 @@ class PipeIncomingTask:
             try:
                 yield outcome
             except Exception as error:
-                outcome.set_exception(error)
+                with contextlib.suppress(concurrent.futures.InvalidStateError):
+                    outcome.set_exception(error)
                 raise
 
     def _end(self, outcome: kiwipy.Future) -> None:

@@ -108,9 +108,11 @@ class Poller:
 
     def catch_up(self) -> bool:
         """Wait until what was asked for has been done; say whether it was. In any thread but the selector's."""
-        done = threading.Event()
-        self.call(done.set)
-        return done.wait(_PATIENCE_SECONDS)
+        # Not an event, whose lock a handler that raises may leave locked, for the selector thread to wait for.
+        done = threading.Lock()
+        done.acquire()
+        self.call(done.release)
+        return done.acquire(timeout=_PATIENCE_SECONDS)
 
     def later(self, seconds: float, call: Callable[[], object]) -> None:
         """Have the selector thread call something after so many seconds. Only in the selector thread."""

@@ -223,10 +223,7 @@ class Subscriptions:
         """Make a pipe of ours; say whether there was none."""
         life = self.live(None)
         name = f"{kind}_{life.worker_id}"
-        if name in life.pipes:
-            return False
-        life.pipes.open(name, self._handlers[kind])
-        return True
+        return life.pipes.open(name, self._handlers[kind])
 
     def _register(self, life: Life) -> None:
         self._entry(life).register(self._layout)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
 import kiwipy
 import pytest
 
+import burial
 import directories
-from harness import COORDINATOR, ECHO, TIMEOUT, Broker, eventually, is_gone
+import discovery
+import taskqueue
+from harness import COORDINATOR, ECHO, TIMEOUT, Broker, eventually, is_gone, write_frame
 
 LOOK = 14.0
 """For what is found at the latest when a process looks after itself, which it does every ten seconds."""
@@ -318,3 +324,384 @@ def test_lock_that_is_a_symlink_stops_no_status(broker: Broker) -> None:
     assert [row["worker_id"] for row in broker.status()["workers"]] == ["worker"]
     bad.unlink()
     shutil.rmtree(claims)
+
+
+# Signal handlers and the garbage collector
+
+HANDLER_CLOSES = """
+import signal
+worker = communicator()
+queue = worker.task_queue("kiwipy.tasks")
+def close(*_):
+    worker.close()
+    raise SystemExit(0)
+signal.signal(signal.SIGALRM, close)
+print("ready"); sys.stdin.readline()
+signal.setitimer(signal.ITIMER_REAL, float(arguments[0]))
+while True:
+    worker.task_send("body", no_reply=True)
+    with queue.next_task() as task, task.processing() as outcome:
+        outcome.set_result(None)
+"""
+
+
+@pytest.mark.parametrize("after", [0.05, 0.1, 0.15])
+def test_signal_handler_may_close(broker: Broker, after: float) -> None:
+    child = broker.child(HANDLER_CLOSES, after)
+    child.tell("go")
+    assert child.end() == 0
+    # Where closing could not be waited for, the process ended all the same, and it is as if it had been killed.
+    broker.communicator("next")
+    with broker.communicator().task_queue("kiwipy.tasks").next_task(fail=False) as task:
+        assert task is None or task.body == "body"
+    with contextlib.suppress(kiwipy.QueueEmpty), broker.communicator().task_queue("kiwipy.tasks").next_task() as task:
+        task.process().set_result(None)
+    broker.run("start")
+    eventually(lambda: not list(broker.queue.glob("claimed/*/task_*")))
+    broker.run("stop")
+
+
+INTERRUPTED = """
+import signal
+class Interrupt(Exception):
+    pass
+def interrupt(*_):
+    raise Interrupt
+signal.signal(signal.SIGALRM, interrupt)
+worker = communicator(fsync=False)
+queue = worker.task_queue("kiwipy.tasks")
+poller = worker._engine.poller
+print("ready"); sys.stdin.readline()
+end, count = time.monotonic() + 3, 0
+while time.monotonic() < end:
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0003 + count % 97 * 0.00001)
+        count += 1
+        while True:
+            poller.call(lambda: None)
+            if arguments[0] == "pulls":
+                worker.task_send("body", no_reply=True)
+                with queue.next_task() as task, task.processing() as outcome:
+                    outcome.set_result(None)
+    except Interrupt:
+        pass
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(poller.catch_up())
+worker.close()
+print("closed")
+"""
+
+
+@pytest.mark.parametrize("what", ["wakes", "pulls"])
+def test_handler_that_raises_leaves_nothing_claimed_and_nobody_deaf(broker: Broker, what: str) -> None:
+    child = broker.child(INTERRUPTED, what)
+    child.tell("go")
+    assert child.line() == "True"
+    assert child.line() == "closed"
+    assert child.end() == 0
+    assert not list(broker.queue.glob("claimed/*/task_*"))
+    # What was interrupted half written is swept after an hour.
+    for left in (*broker.queue.rglob(".*"), *broker.pipes.glob("reply_*")):
+        left.unlink()
+
+
+COLLECTED = """
+import gc, threading
+gc.disable()
+worker = communicator(fsync=False)
+queue = worker.task_queue("kiwipy.tasks")
+engine = worker._engine
+print("ready"); sys.stdin.readline()
+class Cycle:
+    pass
+def lose(context):
+    cycle = Cycle()
+    cycle.context, cycle.me, cycle.task = context, cycle, context.__enter__()
+    return cycle.task
+task = lose(queue.next_task())
+if arguments[0] == "processing":
+    lose(task.processing())
+del task
+# Another thread holds what the collector would wait for, were it to take a lock.
+side = engine.subscriptions.side(None, 0)
+held, over = threading.Event(), threading.Event()
+def hold():
+    with side.claims._mutex:
+        held.set()
+        over.wait(20)
+holder = threading.Thread(target=hold)
+holder.start()
+held.wait()
+begin = time.monotonic()
+gc.collect()
+print("collected", time.monotonic() - begin < 10)
+over.set()
+holder.join()
+with queue.next_task() as task:
+    print(task.body)
+worker.close()
+"""
+
+
+@pytest.mark.parametrize("context", ["next_task", "processing"])
+def test_contexts_that_the_collector_ends_take_no_lock(broker: Broker, context: str) -> None:
+    child = broker.child(COLLECTED, context)
+    broker.communicator().task_send("body", no_reply=True)
+    child.tell("go")
+    assert child.line() == "collected True"
+    assert child.line() == "body"
+    assert child.end() == 0
+
+
+FORKED_WAKE = """
+import threading
+worker = communicator()
+waking = worker._engine.poller._waking
+held, over = threading.Event(), threading.Event()
+def hold():
+    with waking:
+        held.set()
+        over.wait(20)
+holder = threading.Thread(target=hold)
+holder.start()
+held.wait()
+pid = os.fork()
+if pid == 0:
+    worker._engine.poller.call(print)
+    os._exit(7)
+over.set()
+holder.join()
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+worker.close()
+"""
+
+
+def test_forked_child_may_collect_what_asks_the_selector_thread(broker: Broker) -> None:
+    child = broker.spawn(FORKED_WAKE)
+    assert child.line() == "7"
+    assert child.end() == 0
+
+
+def test_encoder_may_wait_for_a_reply(served: Broker) -> None:
+    other = served.communicator()
+    other.add_rpc_subscriber(lambda _, body: body, "echo")
+
+    def encode(value: Any) -> Any:
+        # As the selector thread does every ten seconds, meanwhile.
+        worker._engine.poller.call(worker._engine._look_once)
+        return other.rpc_send("echo", str(value)).result(TIMEOUT)
+
+    worker = served.communicator(encoder=encode)
+    worker.add_task_subscriber(lambda *_: 1j)
+    assert other.task_send("body").result(TIMEOUT) == "1j"
+
+
+@pytest.mark.parametrize("what", ["call", "task"])
+def test_encoder_that_raises_whatever_it_likes_leaves_nobody_waiting(served: Broker, what: str) -> None:
+    def encode(value: Any) -> Any:
+        raise _Refusal
+
+    worker = served.communicator(encoder=encode)
+    worker.add_task_subscriber(lambda *_: 1j)
+    worker.add_rpc_subscriber(lambda *_: 1j, "rpc")
+    sender = served.communicator()
+    future = sender.rpc_send("rpc", None) if what == "call" else sender.task_send(None)
+    with pytest.raises(kiwipy.RemoteException):
+        future.result(TIMEOUT)
+
+
+# What a look mends
+
+
+def test_unsubscription_whose_entry_could_not_be_written_is_registered_later(broker: Broker) -> None:
+    worker = broker.communicator("worker")
+    identifier = worker.add_broadcast_subscriber(lambda *_: None)
+    registry = broker.config_path / "pipes"
+    registry.rename(broker.config_path / "away")
+    registry.write_text("a file")
+    worker.remove_broadcast_subscriber(identifier)
+    registry.unlink()
+    (broker.config_path / "away").rename(registry)
+    worker._engine.poller.call(worker._engine._look_once)
+    eventually(lambda: '"broadcast": false' in (registry / "worker_worker.json").read_text())
+
+
+@pytest.mark.parametrize("pipe", ["task", "rpc"])
+def test_new_life_that_could_not_begin_at_once_begins_later(served: Broker, pipe: str) -> None:
+    worker = served.communicator("old")
+    worker.add_task_subscriber(lambda _, body: body)
+    worker.add_rpc_subscriber(lambda _, body: body, "rpc")
+    engine = worker._engine
+    failed: list[str] = []
+    life = engine.subscriptions._life
+    opened = life.pipes.__class__.open
+
+    def fail_once(self: Any, name: str, handler: Any) -> None:
+        if name.startswith(pipe) and not failed:
+            failed.append(name)
+            raise OSError(24, "Too many open files")
+        opened(self, name, handler)
+
+    life.pipes.__class__.open = fail_once
+    try:
+        lock = served.queue / "claimed" / "old" / "lock"
+        lock.unlink()
+        layout = directories.locate(served.config_path)
+        assert layout is not None
+        other = discovery.WorkerLock.take(layout, "old", make=True)
+        assert other is not None
+        engine.poller.call(engine._look_once)
+        eventually(lambda: failed)
+        other.release()
+        engine.poller.call(engine._look_once)
+        sender = served.communicator()
+        assert sender.task_send("body").result(TIMEOUT) == "body"
+        assert sender.rpc_send("rpc", "body").result(TIMEOUT) == "body"
+    finally:
+        life.pipes.__class__.open = opened
+
+
+@pytest.mark.parametrize("removed", ["registry", "pipes"])
+def test_subscribing_and_sending_go_on_though_a_directory_was_removed(broker: Broker, removed: str) -> None:
+    worker = broker.communicator("worker")
+    worker.add_rpc_subscriber(lambda _, body: body, "before")
+    identifier = worker.add_broadcast_subscriber(lambda *_: None)
+    shutil.rmtree(broker.pipes if removed == "pipes" else broker.config_path / "pipes")
+    worker.broadcast_send("kept")
+    worker.remove_broadcast_subscriber(identifier)
+    worker.add_task_subscriber(lambda _, body: body)
+    worker.add_rpc_subscriber(lambda _, body: body, "after")
+    caller = broker.communicator()
+    assert caller.rpc_send("after", "body").result(TIMEOUT) == "body"
+    assert eventually(lambda: (broker.pipes / "route_before").is_symlink())
+    for kept in broker.pipes.glob("kept_*"):
+        kept.unlink()
+
+
+def test_old_pipes_are_closed_when_their_last_writer_has_gone(broker: Broker) -> None:
+    worker = broker.communicator("worker")
+    worker.add_rpc_subscriber(lambda _, body: body, "rpc")
+    worker.add_task_subscriber(lambda _, body: body)
+
+    def look() -> None:
+        worker._engine.poller.call(worker._engine._look_once)
+        assert worker._engine.poller.catch_up()
+
+    look()
+    before = len(worker._engine.poller.descriptors)
+    for _ in range(5):
+        shutil.rmtree(broker.pipes)
+        look()
+    eventually(lambda: worker._engine.poller.catch_up() and len(worker._engine.poller.descriptors) <= before)
+    assert broker.communicator().rpc_send("rpc", "body").result(TIMEOUT) == "body"
+
+
+@pytest.mark.parametrize("prefetch", [-1, 2.5, None, "3"])
+def test_prefetch_that_is_none_is_refused(broker: Broker, prefetch: Any) -> None:
+    with pytest.raises(ValueError, match="prefetch"):
+        broker.communicator(task_prefetch_count=prefetch)
+    with pytest.raises(ValueError, match="prefetch"):
+        broker.communicator().task_queue("named", prefetch_count=prefetch)
+
+
+def test_who_only_looks_at_a_dead_workers_lock_keeps_its_identifiers_from_nobody(broker: Broker) -> None:
+    dead = broker.child(ECHO, "dead")
+    dead.kill()
+    # As `status` does for a moment: a shared lock, which only says that nobody has the other.
+    descriptor = os.open(broker.queue / "claimed" / "dead" / "lock", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    threading.Timer(0.3, os.close, (descriptor,)).start()
+    broker.communicator().add_rpc_subscriber(lambda *_: None, "dead")
+
+
+def test_one_suspect_that_holds_its_lock_delays_nobodys_burial(served: Broker) -> None:
+    holder = served.child(ECHO, "holder")
+    lock = os.open(served.queue / "claimed" / "holder" / "lock", os.O_RDWR)
+    try:
+        # Its lock is another's, who holds on to it.
+        keeper = served.child(KEEPER, served.queue / "claimed" / "holder" / "lock", holder.pid)
+        assert keeper.line() == "kept"
+        select.select([], [], [], 2.0)  # By now the tries are far apart.
+        dead = served.child(ECHO, "dead")
+        dead.kill()
+        eventually(lambda: not (served.config_path / "pipes" / "worker_dead.json").exists(), 1.0)
+    finally:
+        os.close(lock)
+        keeper.kill()
+        holder.process.wait()
+    eventually(lambda: not (served.config_path / "pipes" / "worker_holder.json").exists(), LOOK)
+
+
+KEEPER = """
+import fcntl, signal
+descriptor = os.open(arguments[0], os.O_RDWR)
+print("ready")
+os.kill(int(arguments[1]), signal.SIGKILL)
+while True:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        break
+    except BlockingIOError:
+        pass
+print("kept"); sys.stdin.read()
+"""
+
+
+def test_strays_among_claims_and_pipes_are_nobody(broker: Broker) -> None:
+    broker.communicator().close()
+    for path in ("claimed/x/notes.txt", "claimed/y/task_my copy.json"):
+        (broker.queue / path).parent.mkdir()
+        (broker.queue / path).write_text("{}")
+    (broker.queue / "claimed" / "empty").mkdir()
+    (broker.pipes / "task_z").mkdir()
+    layout = directories.locate(broker.config_path)
+    assert layout is not None
+    assert burial.everybody(layout) == set()
+    assert burial.clean_up(layout) == 0
+    assert not (broker.queue / "claimed" / "empty").exists()
+    for left in (broker.queue / "claimed" / "x", broker.queue / "claimed" / "y", broker.pipes / "task_z"):
+        shutil.rmtree(left)
+
+
+def test_task_that_is_rung_for_again_is_taken_in_once(served: Broker) -> None:
+    busy, over = threading.Event(), threading.Event()
+    runs: list[Any] = []
+
+    def work(_: Any, body: Any) -> None:
+        runs.append(body)
+        busy.set()
+        over.wait(TIMEOUT)
+
+    worker = served.communicator("worker")
+    worker.add_task_subscriber(work)
+    sender = served.communicator()
+    futures = [sender.task_send(number) for number in range(3)]
+    busy.wait(TIMEOUT)
+    names = sorted(path.name[5:-5] for path in served.queue.glob("task_*"))
+    for _ in range(50):
+        write_frame(served.pipes / "task_worker", {"type": "ring", "queue": "", "names": names})
+    assert worker._engine.poller.catch_up()
+    assert worker._engine.tasks.lane._jobs.qsize() <= 2
+    over.set()
+    for future in futures:
+        future.result(TIMEOUT)
+    assert sorted(runs) == [0, 1, 2]
+
+
+def test_sweep_of_many_completed_goes_in_small_steps(tmp_path: Path) -> None:
+    queue = taskqueue.TaskQueue(tmp_path)
+    queue.make()
+    for number in range(taskqueue.COMPLETED_KEPT + 300):
+        (tmp_path / "completed" / f"task_{number:020d}-0.json").touch()
+    now = f"{taskqueue.new_id()}"
+    steps, removed = 0, 0
+    for gone in queue.sweep():
+        steps, removed = steps + 1, removed + gone
+    assert removed == 300 and steps > 2 * taskqueue.COMPLETED_KEPT
+    left = sorted(queue.names("completed"))
+    assert len(left) == taskqueue.COMPLETED_KEPT and left[0].startswith(f"{300:020d}") and left[-1] < now
+
+
+def test_queue_is_listed_by_the_name_that_its_user_gave(broker: Broker) -> None:
+    broker.communicator().task_queue("Große Queue").task_send("body", no_reply=True)
+    assert [row["queue"] for row in broker.tasks()] == ["Große Queue"]
