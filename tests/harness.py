@@ -107,6 +107,14 @@ def eventually(condition: Callable[[], Any], seconds: float = TIMEOUT) -> Any:
     return value
 
 
+def within(condition: Callable[[], Any], seconds: float) -> bool:
+    """Say whether a condition comes true, for where an explanation is to follow if not."""
+    try:
+        return bool(eventually(condition, seconds))
+    except AssertionError:
+        return False
+
+
 def is_gone(pid: int) -> bool:
     """Say whether a process has ended, though its parent may not have looked."""
     said = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)

@@ -18,7 +18,7 @@ from typing import Any
 import kiwipy
 import pytest
 
-from harness import HOARD, HOLDER, RECORDER, TIMEOUT, Broker, Child, eventually, is_gone, recorded
+from harness import HOARD, HOLDER, RECORDER, TIMEOUT, Broker, Child, eventually, is_gone, recorded, within
 
 SOON = 5.0
 """For what an event brings about."""
@@ -56,14 +56,6 @@ def listening(broker: Broker) -> list[Any]:
     got: list[Any] = []
     broker.communicator().add_broadcast_subscriber(lambda _, body, *rest: got.append(body))
     return got
-
-
-def within(condition: Callable[[], Any], seconds: float) -> bool:
-    """Say whether a condition comes true, for where an explanation is to follow if not."""
-    try:
-        return bool(eventually(condition, seconds))
-    except AssertionError:
-        return False
 
 
 # Outcomes

@@ -2,6 +2,7 @@
 
     python tools/benchmark.py                 # all that is installed here, as a table with ratios
     python tools/benchmark.py --growth        # how the cost grows with senders, workers, bodies and waiting tasks
+    python tools/benchmark.py --against HASH  # this edition beside another commit's, in paired turns
     python tools/benchmark.py --json FILE --svg FILE
 
 ZeroMQ needs ``aiida-core>=2.9`` and RabbitMQ needs ``kiwipy[rmq]`` in this Python, and Debian's ``rabbitmq-server``.
@@ -26,7 +27,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,167 +34,18 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
 
+import editions
+from roles import PIPES, RABBIT, UNSYNCED, ZEROMQ, Process, connect, many
+
 import control
 import directories
 import taskqueue
-from harness import HERE
+from harness import HERE, eventually
 from pipebroker import PipeCommunicator
 
 RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 PROFILE = f"benchmark{os.getpid()}"
-SENDERS, SUBSCRIBERS, IN_FLIGHT, BURST = 4, 4, 100, 5000
-PIPES, UNSYNCED, ZEROMQ, RABBIT = "pipes", "pipes, fsync off", "ZeroMQ", "RabbitMQ"
-
-# The processes that work and send
-
-
-def connect(kind: str, place: str) -> Any:
-    """Make a communicator."""
-    if kind in (PIPES, UNSYNCED):
-        profile, _, config_path = place.partition(":")
-        return PipeCommunicator(profile, config_path, fsync=kind == PIPES)
-    if kind == ZEROMQ:
-        from aiida.brokers.zeromq.communicator import ZeromqCommunicator
-
-        communicator = ZeromqCommunicator(router_endpoint=place)
-        communicator.start()
-        return communicator
-    import kiwipy.rmq
-
-    return kiwipy.rmq.RmqThreadCommunicator.connect(connection_params={"url": place})
-
-
-def work(kind: str, place: str, name: str) -> None:
-    """Do tasks, answer calls and count broadcasts, until standard input ends."""
-    communicator = connect(kind, place)
-    done = collections.Counter[str]()
-
-    def do(_: Any, body: Any) -> Any:
-        done["tasks"] += 1
-        return body
-
-    def hear(_: Any, body: Any, *rest: Any) -> None:
-        if body == "last":
-            print("heard", flush=True)
-
-    if name != "listener":
-        communicator.add_task_subscriber(do)
-        communicator.add_rpc_subscriber(lambda _, body: body if isinstance(body, int) else len(body), name)
-        communicator.add_rpc_subscriber(lambda *_: done["tasks"], f"done by {name}")
-    else:
-        communicator.add_broadcast_subscriber(hear)
-        # ZeroMQ's broadcasts reach only those who subscribe to something else too.
-        communicator.add_rpc_subscriber(lambda *_: None, f"listener {os.getpid()}")
-    print("ready", flush=True)
-    sys.stdin.read()
-    communicator.close()
-
-
-def send(kind: str, place: str) -> None:
-    """Do what standard input says, a line of JSON each, and print how long it took."""
-    communicator = connect(kind, place)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        what, *arguments = json.loads(line)
-        print(json.dumps(ACTIONS[what](communicator, *arguments)), flush=True)
-    communicator.close()
-
-
-def one_by_one(call: Callable[[int], Any], number: int) -> float:
-    """Return the median of the seconds that a call and its answer take."""
-    times = []
-    for index in range(number):
-        begin = time.perf_counter()
-        call(index).result(60)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
-def many(call: Callable[[int], Any], number: int) -> float:
-    """Return the seconds that so many calls take, `IN_FLIGHT` at a time."""
-    pending: collections.deque[Any] = collections.deque()
-    begin = time.perf_counter()
-    for index in range(number):
-        if len(pending) == IN_FLIGHT:
-            pending.popleft().result(60)
-        pending.append(call(index))
-    for future in pending:
-        future.result(60)
-    return time.perf_counter() - begin
-
-
-def broadcast(communicator: Any, number: int) -> float:
-    """Send so many broadcasts, the last of which says so."""
-    begin = time.perf_counter()
-    for _ in range(number - 1):
-        communicator.broadcast_send("news")
-    communicator.broadcast_send("last")
-    return time.perf_counter() - begin
-
-
-def burst(communicator: Any, number: int) -> int:
-    """Send so many tasks as fast as it goes; return how many were done when no more were for two seconds."""
-    before = communicator.rpc_send("done by worker", None).result(60)
-    for index in range(number):
-        communicator.task_send(index, no_reply=True)
-    done, since = 0, time.monotonic()
-    while done < number and time.monotonic() - since < 2:
-        now = communicator.rpc_send("done by worker", None).result(60) - before
-        if now > done:
-            done, since = now, time.monotonic()
-        threading.Event().wait(0.05)
-    return done
-
-
-ACTIONS: dict[str, Callable[..., Any]] = {
-    "call": lambda communicator, number: one_by_one(lambda i: communicator.rpc_send("worker", i), number),
-    "calls": lambda communicator, number: many(lambda i: communicator.rpc_send("worker", i), number),
-    "body": lambda communicator, size, number: one_by_one(
-        lambda _, body="x" * size: communicator.rpc_send("worker", body), number
-    ),
-    "task": lambda communicator, number: one_by_one(communicator.task_send, number),
-    "tasks": lambda communicator, number: many(communicator.task_send, number),
-    "broadcast": broadcast,
-    "burst": burst,
-}
-
-
-class Process:
-    """A worker or a sender."""
-
-    def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, __file__, *arguments]
-        # ZeroMQ's has much to say of what it drops.
-        silent = subprocess.DEVNULL if ZEROMQ in arguments else None
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=silent, text=True
-        )
-        assert self.line() == "ready", f"{arguments} did not start"
-
-    def line(self) -> str:
-        """Return the next line that it prints."""
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
-    def ask(self, *action: Any) -> Any:
-        """Have a sender do something, and return what it says."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(action) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self.line())
-
-    def signal(self, number: int) -> None:
-        """Send it a signal."""
-        self._process.send_signal(number)
-
-    def end(self) -> None:
-        """End it."""
-        try:
-            self._process.communicate(timeout=20)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.communicate()
-
+SENDERS, SUBSCRIBERS, BURST = 4, 4, 5000
 
 # The brokers
 
@@ -218,7 +69,7 @@ def zeromq(directory: Path) -> Iterator[tuple[str, int]]:
     command = [sys.executable, "-m", "aiida.brokers.zeromq.service", "--service-dir", str(directory)]
     with subprocess.Popen(command, env={**os.environ, "AIIDA_PATH": str(directory)}) as process:
         try:
-            wait_for((directory / "broker.status").exists)
+            eventually((directory / "broker.status").exists)
             yield f"ipc://{(directory / 'broker.sockets').read_text().strip()}/router.sock", process.pid
         finally:
             process.terminate()
@@ -248,7 +99,7 @@ def rabbitmq(directory: Path) -> Iterator[tuple[str, int]]:
             with subprocess.Popen([RABBITMQ], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
                 place = f"amqp://guest:guest@127.0.0.1:{port}/"
                 try:
-                    wait_for(lambda: _connects(place))
+                    eventually(lambda: _connects(place))
                     yield place, int((directory / "pid").read_text())
                 finally:
                     server.terminate()
@@ -263,15 +114,6 @@ def _connects(place: str) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
         return True
     return False
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> None:
-    """Wait for what no event tells."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError
-        threading.Event().wait(0.02)
 
 
 def present() -> dict[str, Callable[[Path], Any]]:
@@ -415,40 +257,37 @@ def import_milliseconds() -> float:
     return 1e3 * statistics.median(times[1:])  # The first has compiled it.
 
 
-# figure, measured with, against, how many times better, whether less is better
-GOALS = [
-    ("RPC round trip (µs)", PIPES, ZEROMQ, 5, True),
-    ("RPC round trip (µs)", PIPES, RABBIT, 15, True),
-    ("RPC round trip (µs)", PIPES, "bare FIFO", 0.5, True),
-    ("RPC, 100 in flight (/s)", PIPES, ZEROMQ, 8, False),
-    ("RPC with 1 MB (ms)", PIPES, ZEROMQ, 2, True),
-    ("tasks, 4 senders (/s)", UNSYNCED, ZEROMQ, 5, False),
-    ("tasks, 4 senders (/s)", PIPES, ZEROMQ, 1, False),
-    ("tasks, 4 senders (/s)", PIPES, RABBIT, 3, False),
-    ("task to result (µs)", PIPES, RABBIT, 4, True),
-    ("broadcasts to 4, deliveries (/s)", PIPES, ZEROMQ, 4, False),
-    ("broadcasts to 4, deliveries (/s)", PIPES, RABBIT, 15, False),
-    ("making a communicator (ms)", PIPES, ZEROMQ, 1, True),
-    ("lost of a burst of 5,000 tasks", PIPES, ZEROMQ, None, True),
-    ("broker's memory (MiB)", PIPES, ZEROMQ, 2, True),
-    ("broker's processor time for 10,000 tasks (s)", UNSYNCED, ZEROMQ, 2, True),
+# figure, measured with, against, whether less is better
+RATIOS = [
+    ("RPC round trip (µs)", PIPES, ZEROMQ, True),
+    ("RPC round trip (µs)", PIPES, RABBIT, True),
+    ("RPC round trip (µs)", PIPES, "bare FIFO", True),
+    ("RPC, 100 in flight (/s)", PIPES, ZEROMQ, False),
+    ("RPC with 1 MB (ms)", PIPES, ZEROMQ, True),
+    ("tasks, 4 senders (/s)", UNSYNCED, ZEROMQ, False),
+    ("tasks, 4 senders (/s)", PIPES, ZEROMQ, False),
+    ("tasks, 4 senders (/s)", PIPES, RABBIT, False),
+    ("task to result (µs)", PIPES, RABBIT, True),
+    ("broadcasts to 4, deliveries (/s)", PIPES, ZEROMQ, False),
+    ("broadcasts to 4, deliveries (/s)", PIPES, RABBIT, False),
+    ("making a communicator (ms)", PIPES, ZEROMQ, True),
+    ("lost of a burst of 5,000 tasks", PIPES, ZEROMQ, True),
+    ("broker's memory (MiB)", PIPES, ZEROMQ, True),
+    ("broker's processor time for 10,000 tasks (s)", UNSYNCED, ZEROMQ, True),
 ]
 
 
 def compare(figures: dict[str, dict[str, float]], imported: float) -> list[dict[str, Any]]:
-    """Return the table: each goal with both values, and whether it was met."""
+    """Return the rows of the table."""
     rows = []
-    for figure, ours, theirs, goal, less in GOALS:
+    for figure, ours, theirs, less in RATIOS:
         if theirs not in figures:
             continue
         value, other = figures[ours][figure], figures[theirs][figure]
         ratio = (other / value if less else value / other) if value and other else None
-        met = value == 0 if goal is None else ratio is not None and ratio >= goal
-        row = {"figure": figure, "with": ours, "value": value, "against": theirs, "other": other}
-        rows.append({**row, "ratio": ratio, "goal": goal, "met": met})
-    row = {"figure": "import over kiwipy's (ms)", "with": PIPES, "value": imported, "against": "15 ms", "other": 15.0}
-    rows.append({**row, "ratio": 15 / imported, "goal": 1, "met": imported < 15})
-    return rows
+        rows.append({"figure": figure, "with": ours, "value": value, "against": theirs, "other": other, "ratio": ratio})
+    row = {"figure": "import over kiwipy's (ms)", "with": PIPES, "value": imported, "against": "", "other": None}
+    return [*rows, {**row, "ratio": None}]
 
 
 def contest(rounds: int, tasks: int) -> dict[str, Any]:
@@ -474,8 +313,8 @@ def contest(rounds: int, tasks: int) -> dict[str, Any]:
         progress("")
     figures = {each.kind: each.medians() for each in contests}
     figures["bare FIFO"] = {"RPC round trip (µs)": statistics.median(floors)}
-    goals = compare(figures, import_milliseconds())
-    return {"machine": machine(), "rounds": rounds, "figures": figures, "goals": goals}
+    ratios = compare(figures, import_milliseconds())
+    return {"machine": machine(), "rounds": rounds, "figures": figures, "ratios": ratios}
 
 
 def machine() -> str:
@@ -566,7 +405,7 @@ def _with_workers(count: int) -> dict[str, float]:
         )  # fmt: skip
         os.close(write_end)
         with open(read_end, "rb", buffering=0) as heard, PipeCommunicator(PROFILE, name, fsync=False) as sender:
-            wait_for(lambda: len(control.status(name)["workers"]) == count)
+            eventually(lambda: len(control.status(name)["workers"]) == count)
             before, begin = processor_seconds(pid), time.perf_counter()
             many(sender.task_send, 4000)
             tasks = 4000 / (time.perf_counter() - begin)
@@ -579,7 +418,7 @@ def _with_workers(count: int) -> dict[str, float]:
                 left -= len(heard.read(left) or b"")
             deliveries = 20 * count / (time.perf_counter() - begin)
             template.communicate()
-            wait_for(lambda: not control.status(name)["workers"])
+            eventually(lambda: not control.status(name)["workers"])
         return {
             "tasks (/s)": tasks,
             "coordinator's time for a task (µs)": 1e6 * spent / 4000,
@@ -626,16 +465,14 @@ def _with_waiting(depth: int) -> dict[str, float]:
 # The command
 
 
-def print_goals(answer: dict[str, Any]) -> None:
-    """Print the table of goals."""
+def print_ratios(answer: dict[str, Any]) -> None:
+    """Print the table of ratios."""
     print(f"{answer['machine']}; medians of {answer['rounds']} rounds\n")
-    print("| figure | this broker | against | | ratio | goal |\n|---|---:|---|---:|---:|---|")
-    for row in answer["goals"]:
+    print("| figure | this broker | against | | ratio |\n|---|---:|---|---:|---:|")
+    for row in answer["ratios"]:
         ours = f"{row['value']:,.1f}" + (" (fsync off)" if row["with"] == UNSYNCED else "")
-        ratio = f"{row['ratio']:.1f}" if row["ratio"] is not None else ""
-        goal = "0" if row["goal"] is None else f"{row['goal']}"
-        met = "met" if row["met"] else "MISSED"
-        print(f"| {row['figure']} | {ours} | {row['against']} | {row['other']:,.1f} | {ratio} | {goal}: {met} |")
+        other, ratio = (f"{row[key]:,.1f}" if row[key] is not None else "" for key in ("other", "ratio"))
+        print(f"| {row['figure']} | {ours} | {row['against']} | {other} | {ratio} |")
 
 
 def print_growth(answer: dict[str, Any]) -> None:
@@ -650,7 +487,7 @@ def print_growth(answer: dict[str, Any]) -> None:
 
 def draw(answer: dict[str, Any], path: Path) -> None:
     """Draw the ratios as bars on a logarithmic scale: how many times better than each of the others."""
-    rows = [row for row in answer["goals"] if row["ratio"] and row["against"] in (ZEROMQ, RABBIT)]
+    rows = [row for row in answer["ratios"] if row["ratio"] and row["against"] in (ZEROMQ, RABBIT)]
     scale, left, height = 110.0, 330, 22
     parts = []
     for index, row in enumerate(rows):
@@ -675,29 +512,38 @@ def _decades(ratio: float) -> float:
 
 
 def main() -> int:
-    """Run the command line; return the exit status: 1 if a goal was missed."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description="Measure the brokers that are installed here.")
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--tasks", type=int, default=2000, help="tasks in a round (default: %(default)s)")
     parser.add_argument("--growth", action="store_true", help="measure how this broker's cost grows instead")
+    parser.add_argument("--against", metavar="COMMIT", help="measure this edition and another of it in turn instead")
+    parser.add_argument("--turns", type=int, default=15, help="paired turns with --against (default: %(default)s)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="with --against: figures with this in their names")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the ratios there too")
     options = parser.parse_args()
-    answer = growth() if options.growth else contest(options.rounds, options.tasks)
+    if options.against:
+        answer: dict[str, Any] = {"machine": machine()}
+        answer["rows"] = editions.contest(options.against, options.turns, options.only, progress)
+    else:
+        answer = growth() if options.growth else contest(options.rounds, options.tasks)
     if options.json:
         options.json.write_text(json.dumps(answer, indent=1))
-    if options.growth:
+    if options.against:
+        print(answer["machine"])
+        editions.print_rows(answer["rows"], options.against, options.turns)
+    elif options.growth:
         print_growth(answer)
-        return 0
-    print_goals(answer)
-    if options.svg:
-        draw(answer, options.svg)
-    return 0 if all(row["met"] for row in answer["goals"]) else 1
+    else:
+        print_ratios(answer)
+        if options.svg:
+            draw(answer, options.svg)
+    return 0
 
 
 if __name__ == "__main__":
-    roles: dict[str, Callable[..., None]] = {"work": work, "send": send, "fork": fork_workers}
-    if sys.argv[1:] and sys.argv[1] in roles:
-        roles[sys.argv[1]](*sys.argv[2:])
+    if sys.argv[1:2] == ["fork"]:
+        fork_workers(*sys.argv[2:])
     else:
         sys.exit(main())

@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,7 +24,8 @@ from typing import Any
 
 from roles import PIPES, UNSYNCED, Process
 
-HERE = Path(__file__).resolve().parent.parent
+from harness import HERE, eventually
+
 SENDERS, LISTENERS = 4, 4
 WAITING = 20_000
 
@@ -122,7 +122,7 @@ class Edition:
             before, begin = log.read_text().count(") came"), time.perf_counter()
             crowd.tell("come")
             assert crowd.line() == "here"
-            wait_for(lambda: log.read_text().count(") came") - before >= 100)
+            eventually(lambda: log.read_text().count(") came") - before >= 100, 120.0)
             return 1e3 * (time.perf_counter() - begin)
 
     def dying(self) -> float:
@@ -131,11 +131,11 @@ class Edition:
             before = log.read_text().count(") came")
             crowd.tell("come")
             assert crowd.line() == "here"
-            wait_for(lambda: log.read_text().count(") came") - before >= 200)
+            eventually(lambda: log.read_text().count(") came") - before >= 200, 120.0)
             spent = processor_seconds(self.pid)
             crowd.tell("die")
             assert crowd.line() == "dead"
-            wait_for(lambda: len(list(Path(self.directory, "pipes").glob("worker_*"))) == 1 + LISTENERS)
+            eventually(lambda: len(list(Path(self.directory, "pipes").glob("worker_*"))) == 1 + LISTENERS, 120.0)
             return 1e3 * (processor_seconds(self.pid) - spent)
 
     @contextlib.contextmanager
@@ -169,15 +169,6 @@ def processor_seconds(pid: int) -> float:
     return (
         sum(int(Path(task, "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir()) / 1e9
     )
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> None:
-    """Wait for what no event tells."""
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError
-        threading.Event().wait(0.005)
 
 
 def interval(ratios: list[float]) -> tuple[float, float]:
