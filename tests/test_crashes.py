@@ -1,4 +1,4 @@
-"""SIGKILL at every system call that changes the disk or a pipe, in each role: nothing is lost or done once too often.
+"""Who is killed, and what becomes of the rest; at every system call that changes the disk or a pipe, in each role.
 
 strace(1) kills the process when it enters the call, so the call is not made. Each call of a role's plain run is a crash
 point: "immediately before this one" and, as nothing changes in between, "immediately after the one before".
@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import control
 import directories
 import discovery
 import taskqueue
-from harness import COORDINATOR, TIMEOUT, Broker, Child, eventually
+from harness import COORDINATOR, ECHO, TIMEOUT, Broker, Child, eventually, is_gone
 
 CALLS = "openat,write,/^rename,/^unlink,/^symlink,/^mkdir,rmdir,/^mknod,/^link,fsync,flock,ftruncate,utimensat,close"
 LINE = re.compile(r"^(\d+) +(\w+)\((.*)")
@@ -37,7 +38,7 @@ def _can_trace() -> bool:
     return subprocess.run(["strace", "-o", "/dev/null", "true"], capture_output=True, check=False).returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not _can_trace(), reason="needs strace, and leave to use it")
+traced = pytest.mark.skipif(not _can_trace(), reason="needs strace, and leave to use it")
 
 
 class Strace:
@@ -130,6 +131,114 @@ def sweep(broker: Broker) -> None:
     collections.deque(burial.sweep(layout), maxlen=0)
 
 
+# Who dies, and then
+
+SENT = """
+sender = communicator()
+for number in range(int(arguments[0])):
+    sender.task_send([number, "x" * 1000])
+print("ready"); sys.stdin.read()
+"""
+
+
+def test_sender_that_dies_after_task_send_has_its_task_run_and_its_outcome_dropped(served: Broker) -> None:
+    sender = served.child(SENT, 3)
+    sender.kill()
+    drained(served)
+    assert state(served) == "3 completed"
+    sweep(served)
+    assert not list(served.pipes.glob("body_*")) and not list(served.pipes.glob(f"reply_{sender.pid}_*"))
+
+
+def test_tasks_of_a_worker_that_dies_wait_again_oldest_first(served: Broker) -> None:
+    sender = served.communicator()
+    holder = served.child(HOLDER)
+    held = [sender.task_send(number).result(TIMEOUT) for number in range(20)]
+    got: list[int] = []
+    other = served.communicator()
+    # One at a time, or they would all be rung at once.
+    queue = other.task_queue("kiwipy.tasks", prefetch_count=1)
+    holder.kill()
+    eventually(lambda: not list(served.queue.glob("claimed/*")))
+    assert {row["deaths"] for row in control.tasks(served.config_path)} == {1}
+    queue.add_task_subscriber(lambda _, body: [got.append(body), body][1])
+    assert [future.result(TIMEOUT) for future in held] == list(range(20))
+    assert got == list(range(20))
+
+
+STOPPED = """
+from concurrent.futures import wait
+sender = communicator(fsync=False)
+futures = [sender.task_send([number, "x" * 1000]) for number in range(200)]
+print("ready"); sys.stdin.readline()
+done, _ = wait(futures, 25)
+print(sum(future.result() == [number, "x" * 1000] for number, future in enumerate(futures) if future in done))
+sender.close()
+"""
+
+
+def test_sender_that_was_stopped_gets_the_outcomes_of_a_worker_that_died(served: Broker) -> None:
+    sender = served.child(STOPPED)
+    sender.stop()
+    worker = served.child(ECHO, "worker")
+    eventually(lambda: state(served) == "200 completed")
+    worker.kill()
+    os.kill(sender.pid, signal.SIGCONT)
+    sender.tell("go on")
+    assert sender.line() == "200"
+    assert sender.end() == 0
+
+
+def test_all_go_on_while_a_coordinator_is_dead_and_the_next_one_reads_the_disk(broker: Broker) -> None:
+    pid = broker.start()
+    worker, sender = broker.communicator(), broker.communicator()
+    release, heard = threading.Event(), []
+    worker.add_task_subscriber(lambda _, body: [release.wait(TIMEOUT), body][1])
+    worker.add_rpc_subscriber(lambda _, body: body, "echo")
+    worker.add_broadcast_subscriber(lambda _, body, *rest: heard.append(body))
+    begun = sender.task_send("begun")
+    eventually(lambda: list(broker.queue.glob("claimed/*/task_*")))
+    sender.broadcast_send("before")
+    eventually(lambda: heard == ["before"])
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: is_gone(pid))
+    release.set()
+    assert begun.result(TIMEOUT) == "begun"
+    assert sender.rpc_send("echo", "body").result(TIMEOUT) == "body"
+    waiting = sender.task_send("meanwhile")
+    sender.broadcast_send("meanwhile")
+    broker.start()
+    assert waiting.result(TIMEOUT) == "meanwhile"
+    eventually(lambda: heard == ["before", "meanwhile"])
+
+
+@traced
+def test_task_is_on_the_disk_before_task_send_returns(broker: Broker, tmp_path: Path) -> None:
+    """Write, rename, `fsync` of the file, `fsync` of its directory: then a loss of power takes nothing back."""
+    child = broker.child(SENDER, "body")
+    strace = Strace(child.pid, tmp_path / "log", None)
+    child.tell("go")
+    assert child.line() == "sent"
+    strace.end()
+    child.kill()
+    queue = str(broker.queue)
+    steps = []
+    for line in (tmp_path / "log").read_text().splitlines():
+        match = LINE.match(line)
+        if match and queue in match[3] and match[2] != "openat":
+            what = "task" if f"{queue}/" in match[3] else "directory"
+            steps.append(f"{match[2].removesuffix('at2').removesuffix('at')} {what}")
+        elif match and match[2] == "write" and "sent" in match[3]:
+            steps.append("returned")
+    order = ["write task", "rename task", "fsync task", "fsync directory", "returned"]
+    assert [step for step in steps if step in order] == order, steps
+    (task,) = broker.queue.glob("task_*")
+    task.unlink()
+    sweep(broker)
+
+
+# At every system call
+
 SENDER = """
 sender = communicator()
 print("ready"); sys.stdin.readline()
@@ -139,6 +248,7 @@ os._exit(0)
 """
 
 
+@traced
 def test_sender(served: Broker, tmp_path: Path) -> None:
     rows = []
 
@@ -183,6 +293,7 @@ os._exit(0)
 """
 
 
+@traced
 def test_worker(served: Broker, tmp_path: Path) -> None:
     record, rows = tmp_path / "record", []
     sender = served.communicator()
@@ -242,6 +353,7 @@ print("left"); sys.stdin.read()
 """
 
 
+@traced
 def test_worker_that_comes_and_goes(served: Broker, tmp_path: Path) -> None:
     sender = served.communicator()
 
@@ -277,6 +389,7 @@ os._exit(0)
 """
 
 
+@traced
 def test_coordinator_that_buries_a_worker(broker: Broker, tmp_path: Path) -> None:
     sender = broker.communicator()
     pid = broker.start()
@@ -308,6 +421,7 @@ def test_coordinator_that_buries_a_worker(broker: Broker, tmp_path: Path) -> Non
     each_point(tmp_path, broker.profile, run)
 
 
+@traced
 def test_coordinator_that_starts_and_stops(broker: Broker, tmp_path: Path) -> None:
     command = [*COORDINATOR, "--profile", broker.profile, "--config-path", broker.config_path]
     log = tmp_path / "log"
@@ -316,8 +430,8 @@ def test_coordinator_that_starts_and_stops(broker: Broker, tmp_path: Path) -> No
     def run(point: Point | None, name: str) -> None:
         pending = sender.task_send(name)
         inject = ["-e", f"inject={point[0]}:signal=KILL:when={point[1]}"] if point else []
-        traced = ["strace", "-y", "-o", log, "-e", f"trace={CALLS}", *inject, *command, "start", "--foreground"]
-        with subprocess.Popen(traced, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        command_traced = ["strace", "-y", "-o", log, "-e", f"trace={CALLS}", *inject, *command, "start", "--foreground"]
+        with subprocess.Popen(command_traced, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
             assert process.stderr is not None
             if "Serving" in process.stderr.readline():
                 with contextlib.suppress(discovery.CoordinatorError):
