@@ -15,6 +15,8 @@ Frames that a communicator sends and receives, by pipe (``frames.py`` says what 
     coordinator_tasks       {"type": "task", "queue", "name"}            a task waits
                             {"type": "register", "worker"}               read my registry entry
                             {"type": "kept"}                             there is a broadcast in a file
+                            {"type": "look"}                             look after yourself now
+                            {"type": "stop"}                             end in an orderly way
                             {"type": "report", "worker", "reply", "queue",
                              "claimed" | "done" | "lost" | "rejected" | "returned": [names]}
     coordinator_broadcast   {"body", "sender", "subject", "correlation_id"}, and the same to broadcast_{worker}

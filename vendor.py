@@ -7,7 +7,8 @@
 PATH is an AiiDA source tree, or the directory of the installed `aiida` package.
 
 Strategy: work out first what every file is to hold, from what it holds now; stop if anything is not as expected; only
-then write. A file that AiiDA has is changed by whole lines only, so taking out the same lines restores it.
+then write. A file that AiiDA has is changed by whole lines only, so taking out the same lines restores it. What was
+interrupted is finished, or undone, by running it again.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class Target:
     def with_broker(self) -> dict[Path, Content]:
         """Return what every file is to hold with the broker in it, in the order in which to write them."""
         self._refuse_foreign()
-        changed: dict[Path, Content] = {**self.files()}
+        changed: dict[Path, Content] = {**dict.fromkeys(self._outlived()), **self.files()}
         changed.update({path: line.add(path, _read(path)) for path, line in self.lines.items()})
         return self._with_record(changed)
 
@@ -132,7 +133,7 @@ class Target:
         """Return what every file is to hold without the broker, in the order in which to write them."""
         self._refuse_foreign()
         changed: dict[Path, Content] = {path: line.remove(_read(path)) for path, line in self.lines.items()}
-        changed.update(dict.fromkeys(self.files()))
+        changed.update(dict.fromkeys([*self._outlived(), *self.files()]))
         return self._with_record(changed)
 
     def remove_leavings(self) -> None:
@@ -140,16 +141,30 @@ class Target:
         for compiled in (self.command.parent / "__pycache__").glob(f"{self.command.stem}.*.pyc"):
             compiled.unlink()
         shutil.rmtree(self.copy / "__pycache__", ignore_errors=True)
+        for draft in self._drafts():
+            draft.unlink()
         with contextlib.suppress(FileNotFoundError):
             self.copy.rmdir()
 
+    def _present(self) -> set[Path]:
+        if self.copy.exists() and not self.copy.is_dir():
+            raise Unexpected(f"{self.copy} is there, and is no directory")
+        return set(self.copy.iterdir()) if self.copy.is_dir() else set()
+
+    def _drafts(self) -> set[Path]:
+        """Return what a copying that was killed has left."""
+        return {path for path in self._present() if path.name.startswith(".") and not path.is_symlink()}
+
+    def _outlived(self) -> set[Path]:
+        """Return the modules of an earlier edition that this one does not have."""
+        return self._present() - self._drafts() - {self.copy / "__pycache__"} - self.files().keys()
+
     def _refuse_foreign(self) -> None:
-        files = self.files()
-        present = set(self.copy.iterdir()) if self.copy.is_dir() else set()
-        for path in sorted(present - {self.copy / "__pycache__"} | {self.command, self.copy, *self.lines}):
+        present = self._present() - self._drafts() - {self.copy / "__pycache__"}
+        for path in sorted(present | {self.command, self.copy, *self.lines}):
             if path.is_symlink():
                 raise Unexpected(f"{path} is a symlink")
-            own = path in files and path.is_file() and path.read_bytes().startswith(MARK)
+            own = path.is_file() and path.read_bytes().startswith(MARK)
             if path in present | {self.command} and path.exists() and not own:
                 raise Unexpected(f"{path} is there, and did not come from here")
 
@@ -159,16 +174,16 @@ class Target:
             return changed
         record = _read(self.record)
         end = b"\r\n" if record.endswith(b"\r\n") else b"\n"
-        own = self.files()
+        lines = record.splitlines(keepends=True)
         for path, after in changed.items():
-            before = path.read_bytes() if path.exists() else None
-            old, new = self._entry(path, before) + end, self._entry(path, after) + end
-            if path in own:
-                record = record.replace(old, b"") if before is not None else record
-                record += new if after is not None else b""
+            # By its name: somebody may have edited the file since, or removed it.
+            name, entry = self._entry(path, after).split(b",")[0] + b",", self._entry(path, after) + end
+            if path in self.lines:
+                lines = [entry if line.startswith(name) else line for line in lines]
             else:
-                record = record.replace(old, new)
-        return {**changed, self.record: record}
+                lines = [line for line in lines if not line.startswith(name)]
+                lines += [entry] if after is not None else []
+        return {**changed, self.record: b"".join(lines)}
 
     def _entry(self, path: Path, content: Content) -> bytes:
         name = path.relative_to(self.package.parent).as_posix()
@@ -207,13 +222,18 @@ def write(contents: dict[Path, Content], say: Callable[[str], None]) -> None:
         path.parent.mkdir(exist_ok=True)
         # Never in place: installers such as uv and conda hard-link installed files to their cache.
         descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with open(descriptor, "wb") as file:
-            file.write(content)
-        if path.exists():
-            shutil.copymode(path, draft)
-        else:
-            os.chmod(draft, 0o644)
-        os.replace(draft, path)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(content)
+            if path.exists():
+                shutil.copymode(path, draft)
+            else:
+                os.chmod(draft, 0o644)
+            os.replace(draft, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
+            raise
         say(f"wrote {path}")
 
 
@@ -241,6 +261,9 @@ def main(argv: list[str] | None = None) -> int:
             print("AiiDA finds the broker once this tree is installed (again): pip install -e .")
     except Unexpected as error:
         print(f"vendor.py: {error}; nothing was changed", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError) as error:
+        print(f"vendor.py: {error}; run it again when that is mended, to finish or to undo", file=sys.stderr)
         return 2
     return 0
 

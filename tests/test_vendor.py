@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from harness import HERE
-from vendor import MODULES
+from vendor import MARK, MODULES
 
 
 def checksums(directory: Path) -> dict[str, str]:
@@ -88,3 +88,36 @@ def test_vendor_stops_before_the_first_change(tree: tuple[Path, Path], what: str
     before = checksums(root)
     assert vendor(path) == 2
     assert checksums(root) == before
+
+
+@pytest.mark.parametrize("what", ["edited", "removed", "draft", "outlived"])
+def test_vendor_is_undone_whatever_became_of_the_copy(tree: tuple[Path, Path], what: str) -> None:
+    root, path = tree
+    before = checksums(root)
+    assert vendor(path) == 0
+    copied = checksums(root)
+    copy = next(root.rglob("namedpipe"))
+    module = copy / "pipebroker.py"
+    if what == "edited":
+        module.write_text(f"{module.read_text()}\n# by hand\n")
+    elif what == "removed":
+        shutil.rmtree(copy)
+    elif what == "draft":
+        (copy / ".pipebroker.py.abc").write_text("half")
+        module.unlink()
+    else:
+        (copy / "older.py").write_bytes(MARK)
+    assert vendor(path) == 0
+    assert {name: digest for name, digest in checksums(root).items() if "/." not in name} == copied
+    if what == "edited":
+        module.write_text("# Copied by vendor.py of aiida-namedpipe: change it there, not here.\n")
+    assert vendor(path, "--remove") == 0
+    assert checksums(root) == before
+    assert not list(root.rglob("*namedpipe*"))
+
+
+def test_vendor_names_what_cannot_be_written(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    said = subprocess.run([sys.executable, HERE / "vendor.py", loop], capture_output=True, text=True, check=False)
+    assert said.returncode == 2 and "Traceback" not in said.stderr
