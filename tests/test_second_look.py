@@ -705,3 +705,120 @@ def test_sweep_of_many_completed_goes_in_small_steps(tmp_path: Path) -> None:
 def test_queue_is_listed_by_the_name_that_its_user_gave(broker: Broker) -> None:
     broker.communicator().task_queue("Große Queue").task_send("body", no_reply=True)
     assert [row["queue"] for row in broker.tasks()] == ["Große Queue"]
+
+
+# Promises that nothing watched
+
+
+def test_subscriber_added_before_a_broadcast_was_sent_receives_it_though_the_coordinator_reads_both_at_once(
+    broker: Broker,
+) -> None:
+    pid = broker.start()
+    sender, worker = broker.communicator(), broker.communicator()
+    got: list[Any] = []
+    os.kill(pid, signal.SIGSTOP)
+    # So that the broadcasts are the first that it finds to read when it goes on.
+    sender.broadcast_send("before")
+    worker.add_broadcast_subscriber(lambda _, body, *rest: got.append(body))
+    sender.broadcast_send("after")
+    os.kill(pid, signal.SIGCONT)
+    assert eventually(lambda: "after" in got)
+
+
+def test_kept_broadcast_is_for_those_who_listened_when_it_was_sent(broker: Broker) -> None:
+    got: dict[str, list[Any]] = {"early": [], "late": []}
+    sender = broker.communicator()
+    for name, heard in got.items():
+        sender.broadcast_send(f"before {name}")
+        broker.communicator(name).add_broadcast_subscriber(
+            lambda _, body, *rest, heard=heard: heard.append(body)  # type: ignore[misc]
+        )
+    broker.start()
+    sender.broadcast_send("last")
+    eventually(lambda: all("last" in heard for heard in got.values()))
+    assert got == {"early": ["before late", "last"], "late": ["last"]}
+
+
+ANSWERED = """
+caller = communicator()
+future = caller.rpc_send("echo", "body")
+print("ready"); sys.stdin.readline()
+print(future.result(20))
+caller.close()
+"""
+
+
+SLOW = """
+server = communicator("server")
+def serve(_, body):
+    print("called"); sys.stdin.readline()
+    return body
+server.add_rpc_subscriber(serve, "echo")
+server.add_rpc_subscriber(lambda _, body: body, "ping")
+print("ready")
+import threading
+threading.Event().wait()
+"""
+
+
+def test_answer_that_was_sent_before_its_sender_died_comes(served: Broker) -> None:
+    server = served.child(SLOW)
+    caller = served.child(ANSWERED)
+    assert server.line() == "called"
+    caller.stop()
+    server.tell("answer")
+    # It is served after the other call, on the same thread.
+    assert served.communicator().rpc_send("ping", 1).result(TIMEOUT) == 1
+    server.kill()
+    os.kill(caller.pid, signal.SIGCONT)
+    caller.tell("go on")
+    assert caller.line() == "body"
+    assert caller.end() == 0
+    eventually(lambda: not (served.config_path / "pipes" / "worker_server.json").exists())
+
+
+@pytest.mark.parametrize("ending", ["look", "close"])
+def test_task_that_could_not_be_moved_when_it_was_done_is_moved_later(tmp_path: Path, ending: str) -> None:
+    queue = taskqueue.TaskQueue(tmp_path)
+    queue.make()
+    name = taskqueue.new_id()
+    queue.put(name, '{"body": 1}', lambda: None)
+    claims = taskqueue.Claims(queue, "worker")
+    task = claims.take(name)
+    assert task is not None
+    (tmp_path / "completed").rmdir()
+    (tmp_path / "completed").write_text("a file")
+    assert claims.settle(task, lambda: None, "completed")
+    assert list(queue.names("claimed/worker")) == [name] and len(claims) == 0
+    (tmp_path / "completed").unlink()
+    assert (claims.look() if ending == "look" else claims.close()) in (None, [])
+    assert list(queue.names("completed")) == [name]
+
+
+@pytest.mark.parametrize("step", ["claim", "send", "move"])
+def test_task_whose_settling_was_interrupted_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    queue = taskqueue.TaskQueue(tmp_path)
+    queue.make()
+    name = taskqueue.new_id()
+    queue.put(name, '{"body": 1}', lambda: None)
+    claims = taskqueue.Claims(queue, "worker")
+
+    def interrupted(*_: object, **__: object) -> Any:
+        raise _Refusal
+
+    def claim_and_be_interrupted(path: Any, name: str) -> Any:
+        raise _Refusal
+
+    with monkeypatch.context() as patch, contextlib.suppress(_Refusal):
+        if step == "claim":
+            patch.setattr(taskqueue.Task, "read", claim_and_be_interrupted)
+        task = claims.take(name)
+        assert task is not None
+        if step == "move":
+            patch.setattr(queue, "move", interrupted)
+        claims.settle(task, interrupted if step == "send" else lambda: None, "completed")
+    claims.look()
+    assert list(queue.names("claimed/worker")) == []
+    assert list(queue.names("completed" if step == "move" else "")) == [name]
