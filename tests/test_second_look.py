@@ -621,10 +621,10 @@ def test_one_suspect_that_holds_its_lock_delays_nobodys_burial(served: Broker) -
         # Its lock is another's, who holds on to it.
         keeper = served.child(KEEPER, served.queue / "claimed" / "holder" / "lock", holder.pid)
         assert keeper.line() == "kept"
-        select.select([], [], [], 2.0)  # By now the tries are far apart.
+        select.select([], [], [], 2.8)  # By now the tries are far apart: the next one is 5.1 s after the first.
         dead = served.child(ECHO, "dead")
         dead.kill()
-        eventually(lambda: not (served.config_path / "pipes" / "worker_dead.json").exists(), 1.0)
+        eventually(lambda: not (served.config_path / "pipes" / "worker_dead.json").exists(), 1.5)
     finally:
         os.close(lock)
         keeper.kill()
