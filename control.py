@@ -256,16 +256,16 @@ def _rows(queue_name: str, queue: taskqueue.TaskQueue, state: str) -> Iterator[d
 # The command line
 
 
-def main(arguments: list[str] | None = None, serve: Serve | None = None) -> int:
+def main(arguments: list[str] | None, serve: Serve) -> int:
     """Run the command line; return the exit status.
 
-    :param serve: what serves in the foreground (default: `coordinator.serve`).
+    :param serve: what serves in the foreground.
     """
     options = _parser().parse_args(arguments)
     try:
         config_path = _config_path(options)
         if options.command is None or (options.command == "start" and options.foreground):
-            (serve or _serve)(options.profile, config_path, options.ready_descriptor)
+            serve(options.profile, config_path, options.ready_descriptor)
             return 0
         status = _obey(options, config_path)
         if sys.stdout is not None:  # As it is where somebody has closed it.
@@ -297,15 +297,6 @@ def _config_path(options: argparse.Namespace) -> Path:
     if known not in (None, name) and options.command is not None:
         raise ValueError(f"{config_path} belongs to the profile '{known}', not to '{name}'")
     return config_path
-
-
-def _serve(profile_name: str, config_path: Path, ready: int | None) -> None:
-    # Not at the top: no other command needs it, and it hands itself over where it runs as a script.
-    if TYPE_CHECKING or not __package__:
-        import coordinator
-    else:
-        from . import coordinator
-    coordinator.serve(profile_name, config_path, ready)
 
 
 def _obey(options: argparse.Namespace, config_path: Path) -> int:

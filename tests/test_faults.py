@@ -251,8 +251,8 @@ try:
     communicator()
 except directories.DirectoryRefused as error:
     print(error)
-print(control.main(["--profile", profile, "--config-path", config_path]))
-print(control.main(["--profile", profile, "--config-path", config_path, "status"]))
+print(coordinator.main(["--profile", profile, "--config-path", config_path]))
+print(coordinator.main(["--profile", profile, "--config-path", config_path, "status"]))
 print("ready"); sys.stdin.read()
 """
     )
@@ -393,7 +393,7 @@ for call in (lambda: os.listdir(pipes), lambda: open(f"{pipes}/coordinator_tasks
         print("done", call())
     except OSError as error:
         print(type(error).__name__)
-print(control.main(["--profile", profile, "--config-path", config_path, "stop"]))
+print(coordinator.main(["--profile", profile, "--config-path", config_path, "stop"]))
 print("ready"); sys.stdin.read()
 """
     )

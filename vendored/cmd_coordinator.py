@@ -19,11 +19,11 @@ def run_coordinator_command(ctx: click.Context, *arguments: str) -> None:
     """Run a command of the coordinator's own command line on the current profile, and exit with its status."""
     import pathlib
 
-    from aiida.brokers.namedpipe import control
+    from aiida.brokers.namedpipe import coordinator
 
     profile = ctx.obj.profile
     config_path = pathlib.Path(ctx.obj.config.dirpath, 'profiles', profile.name)
-    sys.exit(control.main([f'--profile={profile.name}', f'--config-path={config_path}', *arguments]))
+    sys.exit(coordinator.main([f'--profile={profile.name}', f'--config-path={config_path}', *arguments]))
 
 
 def warn_other_broker(profile) -> None:
