@@ -32,11 +32,11 @@ from aiida.plugins import BrokerFactory
 
 if TYPE_CHECKING or not __package__:
     import directories
-    import discovery
     import pipebroker
+    import presence
     import taskqueue
 else:
-    from . import directories, discovery, pipebroker, taskqueue
+    from . import directories, pipebroker, presence, taskqueue
 
 __all__ = ("PipeBroker", "configure")
 
@@ -105,7 +105,7 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
     def check_service_reachable(self) -> bool:
         """Return whether a coordinator is running."""
         layout = directories.locate(self.config_path)
-        return layout is not None and discovery.coordinator(layout) is not None
+        return layout is not None and presence.coordinator(layout) is not None
 
     def probe_service_status(self) -> dict[str, Any]:
         """Return, from the disk, whether a coordinator is running, its pid, and how many tasks wait or are in hand."""
@@ -113,7 +113,7 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
             layout = directories.locate(self.config_path)
             if layout is None:
                 return {"connected": False, "pid": None, "waiting": 0, "claimed": 0}
-            said = discovery.coordinator(layout)
+            said = presence.coordinator(layout)
             queue = taskqueue.TaskQueue(layout.queue)
             return {
                 "connected": said is not None,
@@ -168,10 +168,10 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
             layout = directories.establish(self._profile.name, self.config_path)
             # However many want to start one, one does, and the others find it running.
             try:
-                if discovery.coordinator(layout) is None:
+                if presence.coordinator(layout) is None:
                     control.start(self._profile.name, self.config_path)
-            except discovery.CoordinatorError:
-                if discovery.coordinator(layout) is None:
+            except presence.CoordinatorError:
+                if presence.coordinator(layout) is None:
                     raise
         except Exception as error:
             # Without it everything still works but sharing out tasks, and they are safe on the disk.

@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or not __package__:
     import directories
-    import discovery
     import fifo
     import files
     import frames
+    import presence
     import taskqueue
 else:
-    from . import directories, discovery, fifo, files, frames, taskqueue
+    from . import directories, fifo, files, frames, presence, taskqueue
 
 _LOGGER = logging.getLogger(__name__)
 _AT_ONCE = 100
@@ -64,7 +64,7 @@ def bury(layout: directories.Layout, worker_ids: Iterable[str], *, lost: bool = 
             locks = {}
             for worker_id in some:
                 with _logged(f"Worker {worker_id} could not be buried"):
-                    lock = discovery.WorkerLock.take(layout, worker_id, make=lost)
+                    lock = presence.WorkerLock.take(layout, worker_id, make=lost)
                     if lock is not None:
                         stack.callback(lock.release)
                         locks[worker_id] = lock
@@ -72,7 +72,7 @@ def bury(layout: directories.Layout, worker_ids: Iterable[str], *, lost: bool = 
     return buried
 
 
-def bury_owned(layout: directories.Layout, locks: dict[str, discovery.Lock], buried: Buried, *, keep: bool) -> None:
+def bury_owned(layout: directories.Layout, locks: dict[str, presence.Lock], buried: Buried, *, keep: bool) -> None:
     """Do what `bury` does for ids whose locks this process holds.
 
     :param keep: keep the locks: a new life begins under the id.
@@ -95,7 +95,7 @@ def bury_owned(layout: directories.Layout, locks: dict[str, discovery.Lock], bur
                     remove_claims(layout, worker_id, lock)
 
 
-def remove_claims(layout: directories.Layout, worker_id: str, lock: discovery.Lock) -> None:
+def remove_claims(layout: directories.Layout, worker_id: str, lock: presence.Lock) -> None:
     """Remove the claim directories of a worker id, and its lock last, unless there are tasks in them.
 
     :raises OSError: one of them cannot be read.
@@ -114,7 +114,7 @@ def remove_claims(layout: directories.Layout, worker_id: str, lock: discovery.Lo
 
 def _remove_pipes(layout: directories.Layout, worker_id: str) -> None:
     with contextlib.suppress(OSError, ValueError):
-        files.remove(layout.pipes / discovery.Worker.read(layout.entry(worker_id)).reply)
+        files.remove(layout.pipes / presence.Worker.read(layout.entry(worker_id)).reply)
     for kind in directories.KINDS:
         files.remove(layout.pipes / f"{kind}_{worker_id}")
 
@@ -122,9 +122,7 @@ def _remove_pipes(layout: directories.Layout, worker_id: str) -> None:
 def _remove_routes_and_bodies(layout: directories.Layout, pipes: set[str]) -> None:
     root = str(layout.pipes)
     for name in files.listed(root):
-        pipe = (
-            discovery.route_target(f"{root}/{name}") if name.startswith("route_") else directories.body_receiver(name)
-        )
+        pipe = presence.route_target(f"{root}/{name}") if name.startswith("route_") else directories.body_receiver(name)
         if pipe in pipes:
             files.remove(f"{root}/{name}")
 
@@ -183,12 +181,12 @@ def _logged(what: str) -> Iterator[None]:
 
 def everybody(layout: directories.Layout) -> set[str]:
     """Return every worker id that something is left of."""
-    found = {worker.worker_id for worker in discovery.workers(layout)}
+    found = {worker.worker_id for worker in presence.workers(layout)}
     for directory in layout.queues().values():
         with _logged(f"The claims in {directory} cannot be read"):
             found.update(_claimants(layout, taskqueue.TaskQueue(directory)))
     for name in files.listed(layout.pipes):
-        pipe = discovery.route_target(layout.pipes / name) if name.startswith("route_") else name
+        pipe = presence.route_target(layout.pipes / name) if name.startswith("route_") else name
         owner = directories.pipe_owner(pipe or "")
         if owner is not None and (pipe != name or (layout.pipes / name).is_fifo()):
             found.add(owner)
@@ -227,7 +225,7 @@ class Undertaker:
         with _logged(f"It is not known whether worker {worker_id} lives"):
             pipes = [f"{kind}_{worker_id}" for kind in directories.KINDS]
             with contextlib.suppress(OSError, ValueError):
-                pipes.append(discovery.Worker.read(self._layout.entry(worker_id)).reply)
+                pipes.append(presence.Worker.read(self._layout.entry(worker_id)).reply)
             locked = os.path.lexists(self._layout.lock(worker_id))
             return not locked and not any(directories.is_read(self._layout.pipes / pipe) for pipe in pipes)
         return False
@@ -260,7 +258,7 @@ def _is_orphan(path: Path) -> bool:
         return not directories.is_read(pipe) and (os.path.lexists(pipe) or files.is_older(path, _ORPHAN_SECONDS))
     if directories.is_reply_pipe(path.name):
         return stat.S_ISFIFO(os.lstat(path).st_mode) and not directories.is_read(path)
-    return path.name.startswith("route_") and discovery.route_target(path) is None
+    return path.name.startswith("route_") and presence.route_target(path) is None
 
 
 def clean_up(layout: directories.Layout) -> int:
@@ -269,4 +267,4 @@ def clean_up(layout: directories.Layout) -> int:
     for _ in sweep(layout):
         pass
     said = layout.registry / "coordinator.json"
-    return len(dead) + (discovery.coordinator(layout) is None and files.remove(said))
+    return len(dead) + (presence.coordinator(layout) is None and files.remove(said))

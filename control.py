@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or not __package__:
     import directories
-    import discovery
     import fifo
     import files
+    import presence
     import taskqueue
 else:
-    from . import directories, discovery, fifo, files, taskqueue
+    from . import directories, fifo, files, presence, taskqueue
 
 _STATES = tuple(taskqueue.PLACES)
 _PATIENCE_SECONDS = 8.0
@@ -45,7 +45,7 @@ def start(profile_name: str, config_path: str | os.PathLike[str]) -> int:
     """Start a coordinator in the background, and wait until it serves.
 
     :return: its pid.
-    :raises discovery.CoordinatorError: it did not start; the message says why.
+    :raises presence.CoordinatorError: it did not start; the message says why.
     """
     # Run as a script even from inside a package: it needs nothing of the package, which may be large.
     script = Path(__file__).absolute().with_name("coordinator.py")
@@ -69,7 +69,7 @@ def start(profile_name: str, config_path: str | os.PathLike[str]) -> int:
         said = answer.read()
     process.wait()
     if not said.startswith("ready "):
-        raise discovery.CoordinatorError(
+        raise presence.CoordinatorError(
             said or "the coordinator ended before it served: coordinator.log beside the queue may say why"
         )
     return int(said.split()[1])
@@ -90,20 +90,20 @@ def stop(config_path: str | os.PathLike[str]) -> int | None:
     """Stop the coordinator of a configuration, and wait until it is gone.
 
     :return: its pid; `None` if none was running.
-    :raises discovery.CoordinatorError: it may not be stopped by this user.
+    :raises presence.CoordinatorError: it may not be stopped by this user.
     """
     layout = directories.locate(config_path)
-    pid = discovery.coordinator_pid(layout) if layout is not None else None
+    pid = presence.coordinator_pid(layout) if layout is not None else None
     if layout is None or pid is None:
         return None
     intake = layout.pipes / directories.TASKS_INTAKE
     deadline, told = time.monotonic() + _PATIENCE_SECONDS, False
-    while discovery.coordinator_pid(layout) == pid:
+    while presence.coordinator_pid(layout) == pid:
         # Not a signal to a pid, which may be a stranger's by now: whoever reads this pipe is the coordinator. One that
         # is just starting does not read yet.
         told = told or fifo.knock(intake, {"type": "stop"})
         if time.monotonic() > deadline:
-            raise discovery.CoordinatorError(
+            raise presence.CoordinatorError(
                 f"the coordinator (pid {pid}) has not ended within {_PATIENCE_SECONDS:.0f} s. If it was stopped, let "
                 f"it go on by 'kill -CONT {pid}'; otherwise end it by 'kill -KILL {pid}', which loses no task."
             )
@@ -115,7 +115,7 @@ def stop(config_path: str | os.PathLike[str]) -> int | None:
 def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read from the disk how things are; the answer is what ``status --json`` prints."""
     layout = directories.locate(config_path)
-    said = discovery.coordinator(layout) if layout else None
+    said = presence.coordinator(layout) if layout else None
     in_hand: collections.Counter[str] = collections.Counter()
     counts = dict.fromkeys(_STATES, 0)
     for queue in _existing_queues(layout).values():
@@ -166,7 +166,7 @@ def configure(profile_name: str, *, autostart: bool = True) -> None:
     """Point an AiiDA profile at this broker.
 
     :param autostart: whether a coordinator is started when it is needed and not running.
-    :raises discovery.CoordinatorError: AiiDA is not installed here.
+    :raises presence.CoordinatorError: AiiDA is not installed here.
     :raises RuntimeError: AiiDA cannot find this broker.
     """
     # The one command that needs AiiDA; nothing else here may, as that takes long to import.
@@ -177,7 +177,7 @@ def configure(profile_name: str, *, autostart: bool = True) -> None:
             from . import aiidabroker
         aiidabroker.configure(profile_name, autostart=autostart)
     except ImportError as error:
-        raise discovery.CoordinatorError(f"AiiDA is not installed here: {error}") from error
+        raise presence.CoordinatorError(f"AiiDA is not installed here: {error}") from error
 
 
 # What the answers are made of
@@ -210,7 +210,7 @@ def _live_workers(
     layout: directories.Layout, in_hand: collections.Counter[str], dropped: object
 ) -> list[dict[str, Any]]:
     routes = collections.Counter(
-        discovery.route_target(layout.pipes / name) for name in files.listed(layout.pipes) if name.startswith("route_")
+        presence.route_target(layout.pipes / name) for name in files.listed(layout.pipes) if name.startswith("route_")
     )
     return [
         {
@@ -223,14 +223,14 @@ def _live_workers(
             "in_hand": in_hand[worker.worker_id],
             "broadcasts_dropped": dropped.get(worker.worker_id, 0) if isinstance(dropped, dict) else 0,
         }
-        for worker in discovery.workers(layout)
+        for worker in presence.workers(layout)
         if _is_alive(layout, worker.worker_id)
     ]
 
 
 def _is_alive(layout: directories.Layout, worker_id: str) -> bool:
     try:
-        return discovery.is_alive(layout, worker_id)
+        return presence.is_alive(layout, worker_id)
     except OSError:
         return False  # Somebody has put something else where its lock should be.
 
@@ -320,7 +320,7 @@ def _obey(options: argparse.Namespace, config_path: Path) -> int:
     elif options.command == "requeue":
         unknown = [task_id for task_id in options.task_ids if not requeue(config_path, task_id)]
         if unknown:
-            raise discovery.CoordinatorError(f"no failed or completed task is called {', '.join(unknown)}")
+            raise presence.CoordinatorError(f"no failed or completed task is called {', '.join(unknown)}")
     else:
         configure(options.profile, autostart=options.autostart)
         print(f"Profile {options.profile} uses the named pipe broker now. Restart its daemon if it runs.")

@@ -39,14 +39,14 @@ if TYPE_CHECKING or not __package__:
     import bodies
     import burial
     import directories
-    import discovery
     import fifo
     import files
     import frames
+    import presence
     from peers import Peers, Queues
     from poller import Poller, guarded
 else:
-    from . import bodies, burial, directories, discovery, fifo, files, frames
+    from . import bodies, burial, directories, fifo, files, frames, presence
     from .peers import Peers, Queues
     from .poller import Poller, guarded
 
@@ -62,13 +62,13 @@ class PipeCoordinator:
 
     def __init__(self, profile_name: str, config_path: str | os.PathLike[str]) -> None:
         """
-        :raises discovery.CoordinatorError: another one runs for this configuration.
+        :raises presence.CoordinatorError: another one runs for this configuration.
         :raises directories.DirectoryRefused: a directory is not safe to use, or cannot be used.
         :raises ValueError: the profile name cannot be used.
         """
         self.profile_name = profile_name
         self.layout = directories.establish(profile_name, config_path)
-        self._lock = discovery.CoordinatorLock.take(self.layout)
+        self._lock = presence.CoordinatorLock.take(self.layout)
         try:
             self._poller = Poller()
         except BaseException:
@@ -86,7 +86,7 @@ class PipeCoordinator:
         """Serve until `stop`.
 
         :param on_ready: called once it serves.
-        :raises discovery.CoordinatorError: another one still reads the pipes.
+        :raises presence.CoordinatorError: another one still reads the pipes.
         """
         try:
             self._start()
@@ -110,7 +110,7 @@ class PipeCoordinator:
     def _start(self) -> None:
         self._wait_for_another()
         self._open_intakes()
-        for worker in discovery.workers(self.layout):
+        for worker in presence.workers(self.layout):
             self._peers.meet(worker.worker_id)
         with _said("Not all who are dead are buried"):
             self._peers.bury_all()
@@ -133,7 +133,7 @@ class PipeCoordinator:
             finally:
                 os.close(descriptor)
             if not gone:
-                raise discovery.CoordinatorError(f"another coordinator reads {path}, and does not answer: end it")
+                raise presence.CoordinatorError(f"another coordinator reads {path}, and does not answer: end it")
 
     def _open_intakes(self) -> None:
         self._intakes = [
@@ -299,7 +299,7 @@ def serve(profile_name: str, config_path: Path, ready: int | None = None) -> Non
 
     :param ready: a descriptor for whoever waits in another process; this one then goes to the background. It is told
         ``ready {pid}``, or why it does not serve, and is closed.
-    :raises discovery.CoordinatorError: another one runs for this configuration.
+    :raises presence.CoordinatorError: another one runs for this configuration.
     """
     waiting = [] if ready is None else [ready]
 

@@ -43,10 +43,10 @@ if TYPE_CHECKING or not __package__:
     import bodies
     import burial
     import directories
-    import discovery
     import fifo
     import files
     import frames
+    import presence
     import taskqueue
     from calls import Calls, Reply
     from lane import Lane
@@ -56,7 +56,7 @@ if TYPE_CHECKING or not __package__:
     from subscribers import MessageSubscribers, Reports, Side, TaskSubscribers
     from subscriptions import Subscriptions
 else:
-    from . import bodies, burial, directories, discovery, fifo, files, frames, taskqueue
+    from . import bodies, burial, directories, fifo, files, frames, presence, taskqueue
     from .calls import Calls, Reply
     from .lane import Lane
     from .life import Pipes
@@ -333,7 +333,7 @@ class Engine:
         for way in self.calls.ways():
             if isinstance(way, fifo.Writer):
                 owner = directories.pipe_owner(way.path.name) or ""
-                if os.path.lexists(self.layout.lock(owner)) and not discovery.is_alive(self.layout, owner):
+                if os.path.lexists(self.layout.lock(owner)) and not presence.is_alive(self.layout, owner):
                     self._on_death(way)
 
     # The end

@@ -28,12 +28,12 @@ import kiwipy
 if TYPE_CHECKING or not __package__:
     import burial
     import directories
-    import discovery
     import files
+    import presence
     from fifo import Reader, is_inode, open_for_writing
     from poller import Poller, guarded, no_fork
 else:
-    from . import burial, directories, discovery, files
+    from . import burial, directories, files, presence
     from .fifo import Reader, is_inode, open_for_writing
     from .poller import Poller, guarded, no_fork
 
@@ -140,7 +140,7 @@ class Life:
         if worker_id is not None:
             burial.bury_owned(layout, {worker_id: self._lock}, self.buried, keep=True)
 
-    def _take_patiently(self) -> discovery.Lock:
+    def _take_patiently(self) -> presence.Lock:
         """Take the lock; whoever buries the last life has it for a moment."""
         for _ in _patiently():
             lock = self._take()
@@ -150,23 +150,23 @@ class Life:
                 break
         raise kiwipy.DuplicateSubscriberIdentifier(f"worker id '{self.worker_id}' is taken by a live worker")
 
-    def _take(self) -> discovery.Lock | None:
+    def _take(self) -> presence.Lock | None:
         with no_fork:
-            lock = discovery.WorkerLock.take(self._layout, self.worker_id, make=True)
+            lock = presence.WorkerLock.take(self._layout, self.worker_id, make=True)
             if lock is not None:
                 self._poller.descriptors.add(lock.descriptor)
         return lock
 
     def _is_served(self) -> bool:
         with contextlib.suppress(OSError, ValueError):
-            reply = discovery.Worker.read(self._layout.entry(self.worker_id)).reply
+            reply = presence.Worker.read(self._layout.entry(self.worker_id)).reply
             return directories.is_read(self._layout.pipes / reply)
         return False
 
-    def is_registered(self, worker: discovery.Worker) -> bool:
+    def is_registered(self, worker: presence.Worker) -> bool:
         """Say whether this is what the registry entry says."""
         with contextlib.suppress(OSError, ValueError):
-            return worker == discovery.Worker.read(self._layout.entry(self.worker_id))
+            return worker == presence.Worker.read(self._layout.entry(self.worker_id))
         return False
 
     def claim_route(self, identifier: str) -> bool:
@@ -175,7 +175,7 @@ class Life:
         :raises OSError: the route cannot be made.
         """
         for _ in _patiently():
-            owner = discovery.claim_route(self._layout, identifier, self.worker_id)
+            owner = presence.claim_route(self._layout, identifier, self.worker_id)
             if owner is None:
                 self.routes.add(identifier)
                 return True
@@ -194,7 +194,7 @@ class Life:
     def release_route(self, identifier: str) -> None:
         """Take an RPC identifier back."""
         self.routes.discard(identifier)
-        discovery.release_route(self._layout, identifier, self.worker_id)
+        presence.release_route(self._layout, identifier, self.worker_id)
 
     def look(self) -> bool:
         """Make again what is not in place; say whether this life still has its id.

@@ -27,14 +27,14 @@ if TYPE_CHECKING or not __package__:
     import bodies
     import burial
     import directories
-    import discovery
     import fifo
     import frames
+    import presence
     import taskqueue
     from poller import Poller
     from scheduler import Member, Scheduler
 else:
-    from . import bodies, burial, directories, discovery, fifo, frames, taskqueue
+    from . import bodies, burial, directories, fifo, frames, presence, taskqueue
     from .poller import Poller
     from .scheduler import Member, Scheduler
 
@@ -49,7 +49,7 @@ _REPORTS = ("claimed", "lost", "done", "rejected", "returned")
 class Peer:
     """A live worker, and the ways to it."""
 
-    worker: discovery.Worker
+    worker: presence.Worker
     reply: fifo.Writer
     task: fifo.Writer | None = None
     broadcast: fifo.Writer | None = None
@@ -209,7 +209,7 @@ class Peers:
         """Read a worker's entry, and come to know it, know it better, or forget it."""
         peer = self._peers.get(worker_id)
         try:
-            worker = discovery.Worker.read(self._layout.entry(worker_id))
+            worker = presence.Worker.read(self._layout.entry(worker_id))
         except FileNotFoundError:
             if peer is not None:
                 _LOGGER.info("Worker %s (pid %d) left", worker_id, peer.worker.pid)
@@ -398,7 +398,7 @@ class Peers:
 
     def look(self) -> Iterator[None]:
         """Find who came or died without our hearing of it, in steps."""
-        for worker in discovery.workers(self._layout):
+        for worker in presence.workers(self._layout):
             peer = self._peers.get(worker.worker_id)
             if peer is None or peer.worker != worker or self._lacks_a_way(peer):
                 self.meet(worker.worker_id)

@@ -32,14 +32,14 @@ import kiwipy
 if TYPE_CHECKING or not __package__:
     import bodies
     import directories
-    import discovery
     import fifo
     import files
     import frames
+    import presence
     from calls import Calls, Reply, failure
     from poller import Poller
 else:
-    from . import bodies, directories, discovery, fifo, files, frames
+    from . import bodies, directories, fifo, files, frames, presence
     from .calls import Calls, Reply, failure
     from .poller import Poller
 
@@ -282,7 +282,7 @@ class Post:
         route = self._layout.route(recipient)
         # A second time, since the pipe that we know may belong to a life of the recipient that is over.
         for _ in range(2):
-            pipe = discovery.route_target(route)
+            pipe = presence.route_target(route)
             writer = self.ways.to(pipe) if pipe else None
             if writer is None:
                 break

@@ -25,15 +25,15 @@ import kiwipy
 
 if TYPE_CHECKING or not __package__:
     import directories
-    import discovery
     import fifo
+    import presence
     import taskqueue
     from life import Intake, Life
     from poller import Poller
     from post import Post
     from subscribers import MessageSubscribers, Side, TaskSubscribers
 else:
-    from . import directories, discovery, fifo, taskqueue
+    from . import directories, fifo, presence, taskqueue
     from .life import Intake, Life
     from .poller import Poller
     from .post import Post
@@ -235,11 +235,11 @@ class Subscriptions:
             if self._life is not None:
                 self._register(self._life)
 
-    def _entry(self, life: Life) -> discovery.Worker:
+    def _entry(self, life: Life) -> presence.Worker:
         # What has no pipe yet is registered once it has one.
         sides = list(self._tasks.sides.values()) if f"task_{life.worker_id}" in life.pipes else []
         listens = bool(self._messages.broadcast) and f"broadcast_{life.worker_id}" in life.pipes
-        return discovery.Worker(
+        return presence.Worker(
             worker_id=life.worker_id,
             pid=os.getpid(),
             since=life.since,

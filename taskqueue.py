@@ -11,7 +11,7 @@ caller. So any process may die at any instant, and the next one reads from the d
 
 Rules:
 - A task appears under its name only when it is whole, and is on the disk itself before `TaskQueue.put` returns.
-- Only whoever holds the lock of a worker id touches what lies in its claim directories (``discovery.py``). A worker
+- Only whoever holds the lock of a worker id touches what lies in its claim directories (``presence.py``). A worker
   that dies while it holds a task leaves it to be given back with one more death in its name:
   ``task_{id}.{deaths}.json``.
 - A task leaves a worker's hands in one place, `Claims.settle`: first its outcome is on its way, then it is moved.

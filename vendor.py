@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 MODULES = (
     "files.py",
     "directories.py",
-    "discovery.py",
+    "presence.py",
     "frames.py",
     "poller.py",
     "bodies.py",
@@ -37,6 +37,7 @@ MODULES = (
     "lane.py",
     "taskqueue.py",
     "burial.py",
+    "discovery.py",
     "scheduler.py",
     "peers.py",
     "coordinator.py",

@@ -23,7 +23,7 @@ import pytest
 import burial
 import control
 import directories
-import discovery
+import presence
 import taskqueue
 from harness import COORDINATOR, ECHO, TIMEOUT, Broker, Child, eventually, is_gone
 
@@ -434,7 +434,7 @@ def test_coordinator_that_starts_and_stops(broker: Broker, tmp_path: Path) -> No
         with subprocess.Popen(command_traced, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
             assert process.stderr is not None
             if "Serving" in process.stderr.readline():
-                with contextlib.suppress(discovery.CoordinatorError):
+                with contextlib.suppress(presence.CoordinatorError):
                     control.stop(broker.config_path)
             process.communicate(timeout=TIMEOUT)
         broker.run("start")

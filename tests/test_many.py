@@ -16,6 +16,7 @@ import pytest
 
 import directories
 import discovery
+import presence
 import taskqueue
 from harness import FORKER, HOLDER, Broker, eventually, recorded
 from peers import Queues
@@ -48,13 +49,13 @@ def leave_dead(broker: Broker, layout: directories.Layout, number: int, routes: 
     """Leave what so many workers leave that are killed."""
     for worker in range(number):
         worker_id, reply = f"dead{worker}", directories.reply_pipe()
-        discovery.Worker(worker_id, 1, time.time(), reply, {"": 0}, rpc=True).register(layout)
+        presence.Worker(worker_id, 1, time.time(), reply, {"": 0}, rpc=True).register(layout)
         layout.lock(worker_id).parent.mkdir(parents=True)
         layout.lock(worker_id).touch()
         for name in (reply, f"task_{worker_id}", f"rpc_{worker_id}"):
             os.mkfifo(layout.pipes / name)
         for route in range(routes):
-            discovery.claim_route(layout, f"{worker}.{route}", worker_id)
+            presence.claim_route(layout, f"{worker}.{route}", worker_id)
 
 
 def test_burial_of_many_costs_little_more_than_their_files(broker: Broker, calls: Counter) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 import burial
 import directories
-import discovery
+import presence
 import taskqueue
 from harness import COORDINATOR, ECHO, TIMEOUT, Broker, eventually, is_gone, write_frame
 
@@ -548,7 +548,7 @@ def test_new_life_that_could_not_begin_at_once_begins_later(served: Broker, pipe
         lock.unlink()
         layout = directories.locate(served.config_path)
         assert layout is not None
-        other = discovery.WorkerLock.take(layout, "old", make=True)
+        other = presence.WorkerLock.take(layout, "old", make=True)
         assert other is not None
         engine.poller.call(engine._look_once)
         eventually(lambda: failed)
