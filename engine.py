@@ -34,7 +34,7 @@ import os
 import random
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import TYPE_CHECKING, Any
 
 import kiwipy
@@ -179,6 +179,8 @@ class Engine:
         self.reply = directories.reply_pipe()
         self._name = worker_id or self.reply
         self._done = False
+        self._unread: Set[str] = frozenset()
+        """The bodies of calls that lay there at the last look."""
         self._callbacks = Lane(f"pipebroker callbacks {self._name}")
         self._decoding = Lane(f"pipebroker decoding {self._name}")
         self.poller = Poller()
@@ -322,12 +324,17 @@ class Engine:
 
     def _find_bodies(self) -> None:
         """Read the messages whose doorbell was lost, with whoever sent them."""
+        calls: dict[str, str] = {}
         for name in files.listed(self.layout.pipes) if self.calls or self.messages.rpc else ():
             receiver = directories.body_receiver(name)
             if receiver == self.reply:
                 self._pipes.inject(self.reply, frames.claim_check(name))
             elif receiver is not None:
-                self.subscriptions.inject(receiver, frames.claim_check(name))
+                calls[name] = receiver
+        # Calls are served in the order in which they were sent, so one whose doorbell may be on its way waits a turn.
+        for name in calls.keys() & self._unread:
+            self.subscriptions.inject(calls[name], frames.claim_check(name))
+        self._unread = calls.keys()
 
     def _ask_after_recipients(self) -> None:
         for way in self.calls.ways():

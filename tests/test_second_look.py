@@ -578,6 +578,34 @@ def test_subscribing_and_sending_go_on_though_a_directory_was_removed(broker: Br
         kept.unlink()
 
 
+def test_large_call_is_not_taken_for_a_lost_one_before_its_turn(broker: Broker) -> None:
+    got: list[int] = []
+    receiver, sender = broker.communicator(), broker.communicator()
+    receiver.add_rpc_subscriber(lambda _, body: got.append(body[0]), "rpc")
+    engine = receiver._engine
+    sent: list[Any] = []
+
+    def send_and_look() -> None:
+        sent.extend(sender.rpc_send("rpc", [number, "x" * (10_000 * (number % 2))]) for number in range(40))
+        engine._look_once()
+
+    engine.poller.call(send_and_look)
+    eventually(lambda: len(sent) == 40)
+    for future in sent:
+        future.result(TIMEOUT)
+    assert got == list(range(40))
+
+
+def test_large_call_whose_doorbell_is_lost_is_found(broker: Broker) -> None:
+    got: list[str] = []
+    receiver = broker.communicator("worker")
+    receiver.add_rpc_subscriber(lambda _, body: got.append(body), "rpc")
+    (broker.pipes / f"body_rpc_worker.{32 * 'a'}").write_text(json.dumps({"to": "rpc", "body": "lost"}))
+    for _ in range(2):
+        receiver._engine.poller.call(receiver._engine._look_once)
+    assert eventually(lambda: got) == ["lost"]
+
+
 def test_old_pipes_are_closed_when_their_last_writer_has_gone(broker: Broker) -> None:
     worker = broker.communicator("worker")
     worker.add_rpc_subscriber(lambda _, body: body, "rpc")
