@@ -133,7 +133,7 @@ class Subscriptions:
             elif prefetch and prefetch != side.prefetch:
                 side.prefetch = prefetch
                 if side.subscribers:
-                    self._register(self.live(None))
+                    self._register(self._begun())
             return side
 
     def hold(self, side: Side) -> None:
@@ -145,14 +145,18 @@ class Subscriptions:
                 side.claims = taskqueue.Claims(side.queue, life.worker_id)
 
     def live(self, worker_id: str | None) -> Life:
-        """Return our life as a worker; begin it where it has not begun."""
+        """Return our life as a worker; begin it where it has not begun, and register it."""
         with self._mutex:
             if self._life is None:
-                life = Life(self._layout, self._poller, worker_id)
-                self._life, self._has_lived = life, True
-                self._register(life)
-                self._ring_given_back(life)
-            return self._life
+                self._register(self._begun(worker_id))
+            return self._begun()
+
+    def _begun(self, worker_id: str | None = None) -> Life:
+        """Return our life as a worker, for whoever registers what it adds to it."""
+        if self._life is None:
+            self._life, self._has_lived = Life(self._layout, self._poller, worker_id), True
+            self._ring_given_back(self._life)
+        return self._life
 
     def _ring_given_back(self, life: Life) -> None:
         for key, name in life.take_given_back():
@@ -163,9 +167,10 @@ class Subscriptions:
         """Subscribe to a task queue."""
         with self._mutex, _added(side.subscribers, subscriber, identifier, "Task") as identifier:
             self._tasks.lane.start()
+            life = self._begun()
             self.hold(side)
-            self._open("task")
-            self._register(self.live(None))
+            self._open(life, "task")
+            self._register(life)
             return identifier
 
     def remove_task(self, side: Side, identifier: Any) -> None:
@@ -181,8 +186,8 @@ class Subscriptions:
         """Subscribe to the calls for an identifier."""
         with self._mutex, _added(self._messages.rpc, subscriber, identifier, "RPC") as identifier:
             self._messages.lane.start()
-            life = self.live(None)
-            if self._open("rpc"):
+            life = self._begun()
+            if self._open(life, "rpc"):
                 self._register(life)
             free = life.claim_route(str(identifier))
             self._ring_given_back(life)
@@ -204,8 +209,8 @@ class Subscriptions:
         with self._mutex, _added(self._messages.broadcast, subscriber, identifier, "Broadcast") as identifier:
             self._messages.lane.start()
             if len(self._messages.broadcast) == 1:
-                life = self.live(None)
-                self._open("broadcast")
+                life = self._begun()
+                self._open(life, "broadcast")
                 self._listens_since = time.time()
                 self._intake.hold()
                 self._register(life)
@@ -219,11 +224,9 @@ class Subscriptions:
             if not self._messages.broadcast:
                 self._register_later()
 
-    def _open(self, kind: str) -> bool:
+    def _open(self, life: Life, kind: str) -> bool:
         """Make a pipe of ours; say whether there was none."""
-        life = self.live(None)
-        name = f"{kind}_{life.worker_id}"
-        return life.pipes.open(name, self._handlers[kind])
+        return life.pipes.open(f"{kind}_{life.worker_id}", self._handlers[kind])
 
     def _register(self, life: Life) -> None:
         self._entry(life).register(self._layout)
@@ -267,7 +270,7 @@ class Subscriptions:
                 _LOGGER.error("Another process has the worker id %s: what it held is for others", self._life.worker_id)
                 self._life.abandon()
                 self._life = None
-            self._complete(self.live(None))
+            self._complete(self._begun())
 
     def _complete(self, life: Life) -> None:
         for side in self._tasks.sides.values():
@@ -279,7 +282,7 @@ class Subscriptions:
             ("broadcast", self._messages.broadcast),
         ):
             if has:
-                self._open(kind)
+                self._open(life, kind)
         for identifier in self._messages.rpc.keys() - life.routes:
             if not life.claim_route(identifier):
                 _LOGGER.error("The RPC identifier '%s' has been taken by another worker", identifier)
