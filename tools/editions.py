@@ -52,6 +52,7 @@ class Edition:
         self._listeners = [self.process("work", PIPES, "listener") for _ in range(LISTENERS)]
         self._senders = {kind: [self.process("send", kind) for _ in range(SENDERS)] for kind in (PIPES, UNSYNCED)}
         self._filled = False
+        self._others: Process | None = None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -125,6 +126,14 @@ class Edition:
             eventually(lambda: log.read_text().count(") came") - before >= 100, 120.0)
             return 1e3 * (time.perf_counter() - begin)
 
+    def coming_among_others(self) -> float:
+        """Return the milliseconds until 100 workers are known who come while 200 with 40 routes each are here."""
+        if self._others is None:
+            self._others = self.process("crowd", UNSYNCED, "200", "40")
+            self._others.tell("come")
+            assert self._others.line() == "here"
+        return self.coming()
+
     def dying(self) -> float:
         """Return the coordinator's milliseconds of processor time for the death of 200 with 40 routes each."""
         with self._crowd(200, 40) as (crowd, log):
@@ -161,6 +170,7 @@ FIGURES: dict[str, tuple[Measure, bool]] = {
     "next_task, 20,000 waiting (ms)": (Edition.pull, True),
     "100 workers come at once (ms)": (Edition.coming, True),
     "200 with 40 routes die, coordinator's time (ms)": (Edition.dying, True),
+    "100 come, 200 with 40 routes are here (ms)": (Edition.coming_among_others, True),
 }
 
 
