@@ -77,6 +77,11 @@ class Aiida:
         assert result.returncode == status, f"{arguments}: {result.returncode}\n{result.stdout}\n{result.stderr}"
         return result.stdout + result.stderr
 
+    def start_daemon(self, workers: int = 2) -> None:
+        """Start workers, with more patience for them than AiiDA's 2 seconds, which a busy machine exceeds."""
+        self.verdi("config", "set", "daemon.timeout", "60")
+        self.verdi("daemon", "start", str(workers))
+
     def coordinator(self, *arguments: str, status: int = 0) -> str:
         """Run `verdi coordinator` or, where that is not there, `aiida-coordinator`."""
         if self.vendored:
@@ -207,14 +212,14 @@ def test_one_coordinator_however_many_ask(aiida: Aiida) -> None:
 
 def test_processes_finish_and_chains_do_not_poll(aiida: Aiida) -> None:
     aiida.verdi("config", "set", "runner.poll.interval", "3600")
-    aiida.verdi("daemon", "start", "2")
+    aiida.start_daemon()
     aiida.wait(aiida.submit(50, 10), 180)
     aiida.verdi("daemon", "stop")
     assert aiida.repaired()
 
 
 def test_control(aiida: Aiida) -> None:
-    aiida.verdi("daemon", "start", "2")
+    aiida.start_daemon()
     answers = aiida.python("""
 from plumpy.futures import unwrap_kiwi_future
 pk = add(1, 'sleep 60')
@@ -260,7 +265,7 @@ except kiwipy.UnroutableError:
 
 
 def test_worker_killed(aiida: Aiida) -> None:
-    aiida.verdi("daemon", "start", "2")
+    aiida.start_daemon()
     ran = aiida.home / "ran"
     pks = aiida.submit(10, 2, prepend=f"echo $PWD >> {ran}; sleep 8")
     # A worker killed inside a process function leaves a node that runs for ever, with any broker.
@@ -281,7 +286,7 @@ while sum(node.is_finished for node in orm.QueryBuilder().append(orm.CalcFunctio
 
 
 def test_coordinator_killed(aiida: Aiida) -> None:
-    aiida.verdi("daemon", "start", "2")
+    aiida.start_daemon()
     before = aiida.submit(5, 2, prepend="sleep 2")
     first = aiida.coordinator_pid()
     os.kill(first, signal.SIGKILL)
@@ -295,17 +300,17 @@ def test_coordinator_killed(aiida: Aiida) -> None:
 def test_coordinator_killed_while_chains_run(aiida: Aiida) -> None:
     """Nobody asks for a communicator here but the workers have one: they see to it themselves."""
     aiida.verdi("config", "set", "runner.poll.interval", "3600")
-    aiida.verdi("daemon", "start", "2")
+    aiida.start_daemon()
     pks = aiida.submit(0, 4)
     os.kill(aiida.coordinator_pid(), signal.SIGKILL)
     aiida.wait(pks, 60)
 
 
 def test_submitted_while_the_daemon_is_down(aiida: Aiida) -> None:
-    aiida.verdi("daemon", "start", "1")
+    aiida.start_daemon(1)
     aiida.verdi("daemon", "stop")
     pks = aiida.submit(5, 1)
-    aiida.verdi("daemon", "start", "1")
+    aiida.start_daemon(1)
     aiida.wait(pks, 60)
 
 
@@ -322,7 +327,7 @@ def test_repair(aiida: Aiida, coordinator: str) -> None:
     # A second task of an active process: repair reports it, and the worker that gets it drops it (AiiDA's launcher).
     shutil.copy(tasks[pks[1]], tasks[pks[1]].with_name(f"task_{'9' * 20}-copy.json"))
     assert "There are duplicates" in aiida.verdi("process", "repair")
-    aiida.verdi("daemon", "start", "2")
+    aiida.start_daemon()
     aiida.wait(pks, 60)
     eventually(lambda: not aiida.tasks() and not list(aiida.config_path.glob("coordinator/claimed/*/task_*")), 20)
     aiida.verdi("daemon", "stop")
@@ -411,17 +416,17 @@ def test_to_rabbitmq_and_back(aiida: Aiida, rabbitmq: int) -> None:
     aiida.verdi("config", "set", "warnings.rabbitmq_version", "False")
     newer = "configure-broker" in aiida.verdi("profile", "--help")
     configure = ["configure-broker", "core.rabbitmq", "-n"] if newer else ["configure-rabbitmq"]
-    aiida.verdi("daemon", "start", "2")
+    aiida.start_daemon()
     pks = aiida.submit(4, 2, prepend="sleep 8")
     time.sleep(2)
     aiida.verdi("daemon", "stop")
     aiida.verdi("profile", *configure, "--broker-port", str(rabbitmq), aiida.profile)
     assert "Revived process" in aiida.verdi("process", "repair")
-    aiida.verdi("daemon", "start", "2")
+    aiida.start_daemon()
     pks += aiida.submit(4, 2, prepend="sleep 8")
     time.sleep(2)
     aiida.verdi("daemon", "stop")
     aiida.coordinator("configure")
     aiida.verdi("process", "repair")
-    aiida.verdi("daemon", "start", "2")
+    aiida.start_daemon()
     aiida.wait(pks, 120)
