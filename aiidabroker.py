@@ -7,7 +7,8 @@ for passing; and a coordinator that is needed and not running is started.
 Rules:
 - A task that was accepted is never reported as refused: whatever fails after that is a warning in AiiDA's log.
 - Making a `PipeBroker` starts and makes nothing, as many commands only look at it.
-- Nothing here is needed without AiiDA, and nothing else in the project imports it but when asked for it by name.
+- Nothing here is needed without AiiDA, and nothing else in the project imports it but when asked for `PipeBroker`, or
+  to configure a profile.
 - Not imported at the top: ``aiida.orm.utils.serialize``, which takes 0.8 s where AiiDA's other modules that stand there
   take nothing, since whoever loads a broker has them; and ``control``, 10 ms for the few who start one.
 

@@ -9,8 +9,9 @@ Rules:
   taken RPC identifier, and whoever pulls tasks while no coordinator runs.
 - The lock goes only when nothing is claimed under the id any more, in any queue: one bad task is said, and left for the
   next time.
-- Before each step the lock is looked at again: somebody may have removed the directory, and another life begun.
-- Many are buried in one pass over the routes: 300 deaths at once cost little more than one.
+- Before each queue, and before entry and lock, the lock is looked at again: somebody may have removed the directory,
+  and another life begun.
+- Up to a hundred are buried in one pass over the routes: 300 deaths at once cost little more than one.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def bury_owned(layout: directories.Layout, locks: dict[str, presence.Lock], buri
     """
     if not locks:
         return
-    for worker_id in locks:
-        _remove_pipes(layout, worker_id)
+    for pipe in (pipe for worker_id in locks for pipe in _pipes(layout, worker_id)):
+        files.remove(pipe)
     _remove_routes_and_bodies(layout, {f"{kind}_{worker_id}" for worker_id in locks for kind in directories.KINDS})
     queues = {key: taskqueue.TaskQueue(directory) for key, directory in layout.queues().items()}
     for worker_id, lock in locks.items():
@@ -112,11 +113,12 @@ def remove_claims(layout: directories.Layout, worker_id: str, lock: presence.Loc
             os.rmdir(queue.directory / "claimed" / worker_id)
 
 
-def _remove_pipes(layout: directories.Layout, worker_id: str) -> None:
+def _pipes(layout: directories.Layout, worker_id: str) -> list[Path]:
+    """Return the pipes of a worker id, as far as they are known."""
+    names = [f"{kind}_{worker_id}" for kind in directories.KINDS]
     with contextlib.suppress(OSError, ValueError):
-        files.remove(layout.pipes / presence.Worker.read(layout.entry(worker_id)).reply)
-    for kind in directories.KINDS:
-        files.remove(layout.pipes / f"{kind}_{worker_id}")
+        names.append(presence.Worker.read(layout.entry(worker_id)).reply)
+    return [layout.pipes / name for name in names]
 
 
 def _remove_routes_and_bodies(layout: directories.Layout, pipes: set[str]) -> None:
@@ -223,11 +225,8 @@ class Undertaker:
 
     def _seems_lost(self, worker_id: str) -> bool:
         with _logged(f"It is not known whether worker {worker_id} lives"):
-            pipes = [f"{kind}_{worker_id}" for kind in directories.KINDS]
-            with contextlib.suppress(OSError, ValueError):
-                pipes.append(presence.Worker.read(self._layout.entry(worker_id)).reply)
             locked = os.path.lexists(self._layout.lock(worker_id))
-            return not locked and not any(directories.is_read(self._layout.pipes / pipe) for pipe in pipes)
+            return not locked and not any(map(directories.is_read, _pipes(self._layout, worker_id)))
         return False
 
 

@@ -106,6 +106,7 @@ class Calls:
         """Await an answer; return the correlation id it will carry, and its future.
 
         :raises kiwipy.CommunicatorClosed: there will be none.
+        :raises RuntimeError: the system has no room for the thread that decodes it.
         """
         self._prepare()
         correlation_id, future = f"{next(self._numbers):x}", Reply(self._callbacks)

@@ -90,7 +90,7 @@ def stop(config_path: str | os.PathLike[str]) -> int | None:
     """Stop the coordinator of a configuration, and wait until it is gone.
 
     :return: its pid; `None` if none was running.
-    :raises presence.CoordinatorError: it may not be stopped by this user.
+    :raises presence.CoordinatorError: it has not ended within 8 seconds.
     """
     layout = directories.locate(config_path)
     pid = presence.coordinator_pid(layout) if layout is not None else None

@@ -44,11 +44,11 @@ if TYPE_CHECKING or not __package__:
     import frames
     import presence
     from peers import Peers, Queues
-    from poller import Poller, guarded
+    from poller import Poller
 else:
     from . import bodies, burial, directories, fifo, files, frames, presence
     from .peers import Peers, Queues
-    from .poller import Poller, guarded
+    from .poller import Poller
 
 HOUSEKEEPING_SECONDS = 10.0
 _SLICE_SECONDS = 0.005
@@ -62,6 +62,8 @@ class PipeCoordinator:
 
     def __init__(self, profile_name: str, config_path: str | os.PathLike[str]) -> None:
         """
+        :param profile_name: the name of the profile; it names the pipes directory.
+        :param config_path: the profile's configuration directory.
         :raises presence.CoordinatorError: another one runs for this configuration.
         :raises directories.DirectoryRefused: a directory is not safe to use, or cannot be used.
         :raises ValueError: the profile name cannot be used.
@@ -77,7 +79,7 @@ class PipeCoordinator:
         self._poller.descriptors.add(self._lock.descriptor)
         self._queues = Queues(self.layout, self._poller)
         self._peers = Peers(self.layout, self._poller, self._queues)
-        self._intakes: list[fifo.Reader] = []
+        self._intakes = fifo.Pipes(self.layout.pipes, self._poller, keep=True)
         self._stopping = False
         self._since = time.time()
         self._written = ""
@@ -116,8 +118,6 @@ class PipeCoordinator:
             self._peers.bury_all()
         self._write_entry()
         self._fan_out_kept()
-        for reader, handler in zip(self._intakes, (self._on_task_frames, self._on_broadcasts), strict=True):
-            reader.start(handler)
         _LOGGER.info("Serving %s, pid %d, pipes in %s", self.profile_name, os.getpid(), self.layout.pipes)
 
     def _wait_for_another(self) -> None:
@@ -136,17 +136,16 @@ class PipeCoordinator:
                 raise presence.CoordinatorError(f"another coordinator reads {path}, and does not answer: end it")
 
     def _open_intakes(self) -> None:
-        self._intakes = [
-            fifo.Reader(self._poller, self.layout.pipes / name, keep=True)
-            for name in (directories.TASKS_INTAKE, directories.BROADCAST_INTAKE)
-        ]
+        # They are read once `run` polls.
+        read_tasks = functools.partial(self._intakes.drain, directories.TASKS_INTAKE)
+        self._intakes.open(directories.TASKS_INTAKE, self._on_task_frame)
+        self._intakes.open(directories.BROADCAST_INTAKE, self._on_broadcast, prepare=read_tasks)
 
     def _end(self) -> None:
         for step in (self._read_the_rest, lambda: self._poller.flush(1.0), self._peers.close):
             with _said("Stopping went wrong"):
                 step()
-        for reader in self._intakes:
-            reader.close()
+        self._intakes.close(and_bodies=False)
         if self._lock.is_in_place():
             files.remove(self.layout.registry / "coordinator.json")
         _LOGGER.info("Stopped")
@@ -156,8 +155,8 @@ class PipeCoordinator:
         self._lock.release()
 
     def _read_the_rest(self) -> None:
-        for reader, handler in zip(self._intakes, (self._on_task_frame, self._on_broadcast), strict=False):
-            guarded(reader.drain(), functools.partial(handler, reader))
+        for name in (directories.TASKS_INTAKE, directories.BROADCAST_INTAKE):
+            self._intakes.drain(name)
         self._peers.bury()
 
     def _write_entry(self) -> None:
@@ -169,9 +168,6 @@ class PipeCoordinator:
             self._written = text
 
     # Frames
-
-    def _on_task_frames(self, reader: fifo.Reader) -> None:
-        guarded(reader.read(), functools.partial(self._on_task_frame, reader))
 
     def _on_task_frame(self, reader: fifo.Reader, data: bytes) -> None:
         try:
@@ -195,12 +191,6 @@ class PipeCoordinator:
             self._stop()
         else:
             raise frames.Garbage(f"it is no message for the coordinator: {kind!r:.40}")
-
-    def _on_broadcasts(self, reader: fifo.Reader) -> None:
-        found = reader.read()
-        for intake in self._intakes[:1]:
-            guarded(intake.drain(), functools.partial(self._on_task_frame, intake))
-        guarded(found, functools.partial(self._on_broadcast, reader))
 
     def _on_broadcast(self, reader: fifo.Reader, data: bytes) -> None:
         self._peers.fan_out(data, reader.path)
@@ -239,17 +229,18 @@ class PipeCoordinator:
         self._poller.later(HOUSEKEEPING_SECONDS, self._look)
 
     def _chores(self) -> Iterator[None]:
-        chores: tuple[Callable[[], Iterator[None]], ...] = (
-            functools.partial(_in_one_step, self._look_at_self),
+        chores: tuple[Callable[[], Iterator[None] | None], ...] = (
+            self._look_at_self,
             self._peers.look,
             self._queues.look,
             self._sweep,
-            functools.partial(_in_one_step, self._fan_out_kept),
-            functools.partial(_in_one_step, self._write_entry),
+            self._fan_out_kept,
+            self._write_entry,
         )
         for chore in chores:
             with _said("Housekeeping was interrupted"):
-                yield from chore()
+                # What is done in one step returns nothing.
+                yield from chore() or (None,)
 
     def _look_at_self(self) -> None:
         try:
@@ -260,30 +251,13 @@ class PipeCoordinator:
             _LOGGER.error("The coordinator ends, since it can serve nobody any more: %s", error)
             self._stopping = True
             return
-        for index, (reader, handler) in enumerate(
-            zip(self._intakes, (self._on_task_frames, self._on_broadcasts), strict=True)
-        ):
-            if reader.is_in_place():
-                os.utime(reader.path)
-            else:
-                self._make_again(index, reader, handler)
-
-    def _make_again(self, index: int, reader: fifo.Reader, handler: Callable[[fifo.Reader], None]) -> None:
-        _LOGGER.warning("%s had vanished, and is made again", reader.path)
-        self._intakes[index] = fifo.Reader(self._poller, reader.path, keep=True)
-        self._intakes[index].start(handler)
-        reader.retire()
+        self._intakes.look()
 
     def _sweep(self) -> Iterator[None]:
         for removed in burial.sweep(self.layout):
             if removed:
                 _LOGGER.info("Removed %s, which a dead process left", removed)
             yield
-
-
-def _in_one_step(chore: Callable[[], None]) -> Iterator[None]:
-    chore()
-    yield
 
 
 @contextlib.contextmanager
@@ -300,6 +274,8 @@ def serve(profile_name: str, config_path: Path, ready: int | None = None) -> Non
     :param ready: a descriptor for whoever waits in another process; this one then goes to the background. It is told
         ``ready {pid}``, or why it does not serve, and is closed.
     :raises presence.CoordinatorError: another one runs for this configuration.
+    :raises OSError: a directory, the log or a pipe cannot be used (`directories.DirectoryRefused` among them).
+    :raises ValueError: the profile name cannot be used.
     """
     waiting = [] if ready is None else [ready]
 

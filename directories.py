@@ -5,11 +5,12 @@ is stands in ``.config``, a symlink, which only one process can make.
 
 Rules:
 - No lock: each choice is one system call that succeeds for one caller only, and all others then see what was chosen.
-- A name that comes from a user is quoted or refused, so no name ever leads to another directory, and two names differ
-  even where the file system ignores case.
+- A name that comes from a user is quoted or refused, so no name ever leads to another directory. Two queues or RPC
+  identifiers differ even where the file system ignores case (worker ids and profiles may not, but then a lock or
+  ``.config`` keeps the second one out).
 - A queue says in ``format`` whose it is, and in which format.
 
-This module knows nothing of processes, messages or tasks.
+This module knows nothing of messages or tasks, and of processes only whether one reads a FIFO.
 """
 
 from __future__ import annotations
@@ -183,16 +184,12 @@ def remove_forgotten() -> None:
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
                 continue
             config = os.readlink(pipes / _OWNER)
-            if os.path.isabs(config) and not os.path.lexists(config) and not _is_read(pipes):
+            if os.path.isabs(config) and not os.path.lexists(config) and not any(map(is_read, pipes.iterdir())):
                 for path in pipes.iterdir():
                     if path.name != _OWNER:
                         path.unlink()
                 (pipes / _OWNER).unlink()
                 pipes.rmdir()
-
-
-def _is_read(pipes: Path) -> bool:
-    return any(is_read(pipes / name) for name in files.listed(pipes))
 
 
 def _real(config_path: str | os.PathLike[str]) -> Path:
@@ -316,15 +313,11 @@ def quoted(name: str) -> str:
     if not name:
         raise ValueError("a name must have at least one character")
     # Capitals are quoted too, as some file systems take 'A' for 'a'.
-    text = re.sub("[A-Z]", lambda letter: f"%{ord(letter[0]):x}", re.sub("%..", _lower, quote(name, safe="")))
+    text = re.sub("%..|([A-Z])", lambda m: f"%{ord(m[1]):x}" if m[1] else m[0].lower(), quote(name, safe=""))
     if text.startswith("."):
         text = "%2e" + text[1:]
     # '=' is never left unquoted, so a digest is never the quoted form of another name.
     return text if len(text) <= _LONGEST_NAME else "=" + hashlib.sha256(name.encode()).hexdigest()
-
-
-def _lower(match: re.Match[str]) -> str:
-    return match[0].lower()
 
 
 def check_worker_id(worker_id: object) -> str:

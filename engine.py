@@ -6,7 +6,8 @@ ten seconds it looks whether everything is as it should be.
 
 Rules:
 - The threads hold the `Engine` and never the `PipeCommunicator`, so that garbage collection can close it.
-- A finalizer takes no lock: it asks the selector thread, since whoever it interrupts may hold any lock.
+- A finalizer takes no lock but that of `Poller.call`, which is reentrant and never held for long: it asks the selector
+  thread, since whoever it interrupts may hold any other.
 - Answers that need a user's decoder are decoded on a lane of their own; the built-in codec runs where they are read.
 - A forked child finds its copy closed, without any trace in the parent.
 
@@ -50,7 +51,6 @@ if TYPE_CHECKING or not __package__:
     import taskqueue
     from calls import Calls, Reply
     from lane import Lane
-    from life import Pipes
     from poller import Poller
     from post import Post
     from subscribers import MessageSubscribers, Reports, Side, TaskSubscribers
@@ -59,7 +59,6 @@ else:
     from . import bodies, burial, directories, fifo, files, frames, presence, taskqueue
     from .calls import Calls, Reply
     from .lane import Lane
-    from .life import Pipes
     from .poller import Poller
     from .post import Post
     from .subscribers import MessageSubscribers, Reports, Side, TaskSubscribers
@@ -74,29 +73,8 @@ _PATIENCE_SECONDS = 10.0
 class Receiver:
     """Hands what comes by a pipe to whom it is for. In the selector thread, but for what it puts into a lane."""
 
-    def __init__(
-        self,
-        poller: Poller,
-        codec: frames.Codec,
-        post: Post,
-        calls: Calls,
-        tasks: TaskSubscribers,
-        messages: MessageSubscribers,
-        decoding: Lane,
-        on_broadcast: Callable[[], None],
-    ) -> None:
-        """
-        :param decoding: where a user's decoder runs.
-        :param on_broadcast: called in the message lane before a broadcast is heard.
-        """
-        self._poller = poller
-        self._codec = codec
-        self._post = post
-        self._calls = calls
-        self._tasks = tasks
-        self._messages = messages
-        self._decoding = decoding
-        self._on_broadcast = on_broadcast
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
 
     def _unpacked(
         self, reader: fifo.Reader, data: bytes, tell: Callable[[frames.Message], None] = lambda _: None
@@ -106,7 +84,7 @@ class Receiver:
         :param tell: takes an answer for whoever waits, where the message cannot be parsed.
         """
         try:
-            return bodies.unpack(data, reader.path, self._poller)
+            return bodies.unpack(data, reader.path, self._engine.poller)
         except FileNotFoundError:
             pass
         except (frames.Garbage, OSError) as error:
@@ -119,7 +97,7 @@ class Receiver:
         """Tasks wait."""
         message = self._unpacked(reader, data)
         if message is not None:
-            self._use(reader, self._tasks.rung, message)
+            self._use(reader, self._engine.tasks.rung, message)
 
     def _use(self, reader: fifo.Reader, take: Callable[[frames.Message], None], message: frames.Message) -> None:
         try:
@@ -130,11 +108,11 @@ class Receiver:
     def called(self, reader: fifo.Reader, data: bytes) -> None:
         """Somebody calls an RPC subscriber."""
         # Unpacked in the lane, as that may take long.
-        self._messages.lane.put(functools.partial(self._serve, self._messages.called, reader, data))
+        self._engine.messages.lane.put(functools.partial(self._serve, self._engine.messages.called, reader, data))
 
     def heard(self, reader: fifo.Reader, data: bytes) -> None:
         """A broadcast comes."""
-        self._messages.lane.put(functools.partial(self._serve, self._hear, reader, data))
+        self._engine.messages.lane.put(functools.partial(self._serve, self._hear, reader, data))
 
     def _serve(self, serve: Callable[[frames.Message], None], reader: fifo.Reader, data: bytes) -> None:
         message = self._unpacked(reader, data, self._tell_caller)
@@ -142,20 +120,20 @@ class Receiver:
             serve(message)
 
     def _hear(self, message: frames.Message) -> None:
-        self._on_broadcast()
-        self._messages.heard(message)
+        self._engine.subscriptions.listen_on()
+        self._engine.messages.heard(message)
 
     def _tell_caller(self, said: frames.Message) -> None:
-        self._post.answer(said.get("reply_to"), said["correlation_id"], exception=said["exception"])
+        self._engine.post.answer(said.get("reply_to"), said["correlation_id"], exception=said["exception"])
 
     def answered(self, reader: fifo.Reader, data: bytes) -> None:
         """An answer comes."""
-        message = self._unpacked(reader, data, self._calls.answer)
+        message = self._unpacked(reader, data, self._engine.calls.answer)
         if message is not None:
-            if self._codec.concerns_user(message, "result"):
-                self._decoding.put(functools.partial(self._use, reader, self._calls.answer, message))
+            if self._engine.codec.concerns_user(message, "result"):
+                self._engine.decoding.put(functools.partial(self._use, reader, self._engine.calls.answer, message))
             else:
-                self._use(reader, self._calls.answer, message)
+                self._use(reader, self._engine.calls.answer, message)
 
 
 class Engine:
@@ -182,7 +160,7 @@ class Engine:
         self._unread: Set[str] = frozenset()
         """The bodies of calls that lay there at the last look."""
         self._callbacks = Lane(f"pipebroker callbacks {self._name}")
-        self._decoding = Lane(f"pipebroker decoding {self._name}")
+        self.decoding = Lane(f"pipebroker decoding {self._name}")
         self.poller = Poller()
         try:
             self._assemble(fsync)
@@ -211,7 +189,7 @@ class Engine:
     def _assemble(self, fsync: bool) -> None:
         self._thread = threading.Thread(target=self._run, name=f"pipebroker {self._name}", daemon=True)
         # The lane is started where the caller can be told that there is no room for a thread.
-        prepare = self._decoding.start if self.codec.runs_user_code else lambda: None
+        prepare = self.decoding.start if self.codec.runs_user_code else lambda: None
         self.calls = Calls(self._callbacks, self.codec.decode, prepare)
         self.post = Post(self.layout, self.poller, self.codec, self._on_death)
         self._reports = Reports(self.post, self.poller, self._whose)
@@ -221,17 +199,12 @@ class Engine:
         self.messages = MessageSubscribers(
             self.post, self.codec, Lane(f"pipebroker messages {self._name}"), self._facade
         )
-        self._receiver = receiver = Receiver(
-            self.poller, self.codec, self.post, self.calls, self.tasks, self.messages, self._decoding, self._listen_on
-        )
+        self._receiver = receiver = Receiver(self)
         handlers = {"task": receiver.rung, "rpc": receiver.called, "broadcast": receiver.heard}
-        self._pipes = Pipes(self.layout, self.poller)
+        self._pipes = fifo.Pipes(self.layout.pipes, self.poller)
         self.subscriptions = Subscriptions(
             self.layout, self.poller, self.post, self.tasks, self.messages, self.reply, handlers, fsync=fsync
         )
-
-    def _listen_on(self) -> None:
-        self.subscriptions.listen_on()
 
     def _whose(self) -> dict[str, str]:
         return {"worker": self.subscriptions.worker_id, "reply": self.reply}
@@ -297,7 +270,7 @@ class Engine:
             error = kiwipy.DeliveryFailed("the recipient died or closed before it answered")
             fail = functools.partial(self.calls.fail, writer, error)
             if self.codec.runs_user_code:
-                self._decoding.put(fail)  # After the answers that are still being decoded.
+                self.decoding.put(fail)  # After the answers that are still being decoded.
             else:
                 fail()
 
@@ -360,7 +333,7 @@ class Engine:
         self.close_soon()
         if self._thread.ident is not None and threading.current_thread() is not self._thread:
             self._thread.join(_PATIENCE_SECONDS)
-            for lane in (self.tasks.lane, self.messages.lane, self._decoding, self._callbacks):
+            for lane in (self.tasks.lane, self.messages.lane, self.decoding, self._callbacks):
                 lane.join()
 
     def disown(self) -> None:
@@ -379,9 +352,9 @@ class Engine:
             lambda: self.poller.flush(_FLUSH_SECONDS),
             self.post.ways.close,
             self.subscriptions.end,
-            lambda: self._pipes.close(bodies=True),
+            lambda: self._pipes.close(and_bodies=True),
             self.poller.close,
-            self._decoding.finish,
+            self.decoding.finish,
             self.calls.close,
         ]
         for step in steps:

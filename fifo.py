@@ -1,12 +1,12 @@
 """The reading end of a FIFO, and the writing end.
 
 Strategy: any thread writes, without waiting; what a pipe does not take stays in the `Writer`'s outbox until the
-selector thread can write it. A message that does not fit a frame is a file beside the pipe,
-``body_{receiver}.{uuid}``; whoever receives it unlinks it.
+selector thread can write it. What does not fit a frame is a file beside the pipe (``bodies.py``).
 
 Rules:
 - A `Reader` keeps a writing end of its own FIFO open: otherwise its selector would report the end of the file for ever
   once the last writer went. A FIFO appears under its name only when its reader holds it open.
+- A pipe that lost its name is made again, and the old one goes on being read: others may have it open.
 - A `Writer` is watched for reading too: that is how poll(2) tells that the last reader has gone.
 - A signal handler or a finalizer may run inside any function of a `Writer` and send by the same one: who re-enters it
   only appends, and whoever was interrupted sees to it.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import logging
 import os
 import select
@@ -34,11 +35,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING or not __package__:
     import bodies
     import directories
+    import files
     import frames
-    from poller import Poller, no_fork
+    from poller import Poller, guarded, no_fork
 else:
-    from . import bodies, directories, frames
-    from .poller import Poller, no_fork
+    from . import bodies, directories, files, frames
+    from .poller import Poller, guarded, no_fork
 
 _LOGGER = logging.getLogger(__name__)
 _READ_SIZE = 1 << 16
@@ -70,7 +72,6 @@ class Reader:
             _check_fifo(self._descriptor, path)
             self._own_end = os.open(name, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
             undo.callback(os.close, self._own_end)
-            self._inode = os.fstat(self._descriptor).st_ino
             if keep and hasattr(fcntl, "F_SETPIPE_SZ"):
                 with contextlib.suppress(OSError):
                     fcntl.fcntl(self._descriptor, fcntl.F_SETPIPE_SZ, _INTAKE_SIZE)
@@ -113,7 +114,7 @@ class Reader:
 
     def is_in_place(self) -> bool:
         """Say whether the FIFO still has its name. In any thread."""
-        return is_inode(self.path, self._inode)
+        return not self.closed and files.is_in_place(self.path, self._descriptor)
 
     def retire(self) -> None:
         """Read on, although the name is another's now, as others may have it open; when the last of them goes, close.
@@ -129,11 +130,92 @@ class Reader:
         if self.closed:
             return
         self.retire()
+        in_place = self.is_in_place()
         self.closed = True
-        if not self._keep and self.is_in_place():
+        if in_place and not self._keep:
             with contextlib.suppress(OSError):
                 self.path.unlink()
         self._poller.release(self._descriptor)
+
+
+class Pipes:
+    """The pipes that somebody reads. Opened under their owner's lock, read and closed in the selector thread."""
+
+    def __init__(self, directory: Path, poller: Poller, *, keep: bool = False) -> None:
+        """
+        :param keep: they outlive their readers.
+        """
+        self._directory = directory
+        self._poller = poller
+        self._keep = keep
+        self._readers: dict[str, list[Reader]] = {}
+        self._handlers: dict[str, tuple[Callable[[Reader, bytes], None], Callable[[], object]]] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._readers
+
+    def open(
+        self, name: str, handler: Callable[[Reader, bytes], None], prepare: Callable[[], object] = lambda: None
+    ) -> bool:
+        """Make a pipe that is not in place, and call `handler` in the selector thread for each frame that comes.
+
+        :param prepare: called when frames have been read, before the first of them is handled.
+        :return: whether there was none.
+        :raises OSError: it cannot be made.
+        """
+        is_new = name not in self._readers
+        if is_new or not self._readers[name][-1].is_in_place():
+            self._handlers[name] = handler, prepare
+            self._add(name)
+        return is_new
+
+    def _add(self, name: str) -> None:
+        reader = Reader(self._poller, self._directory / name, keep=self._keep)
+        before = [known for known in self._readers.get(name, []) if not known.closed]
+        self._readers[name] = [*before, reader]
+        for known in before:
+            self._poller.call(known.retire)
+        self._poller.call(lambda: reader.start(lambda _: self._handle(name, reader, reader.read())))
+
+    def _handle(self, name: str, reader: Reader, found: list[bytes]) -> None:
+        handler, prepare = self._handlers[name]
+        prepare()
+        guarded(found, functools.partial(handler, reader))
+
+    def drain(self, name: str) -> None:
+        """Handle all frames that have come to a pipe."""
+        for reader in self._readers.get(name, []):
+            self._handle(name, reader, reader.drain())
+
+    def inject(self, name: str, data: bytes) -> None:
+        """Handle a frame as if it had come by a pipe."""
+        for reader in self._readers.get(name, [])[-1:]:
+            self._handle(name, reader, [data])
+
+    def look(self) -> None:
+        """Make again what has lost its name, and touch the rest, so that nobody takes it for forgotten."""
+        for name, readers in list(self._readers.items()):
+            try:
+                if readers[-1].is_in_place():
+                    os.utime(readers[-1].path)
+                else:
+                    _LOGGER.warning("%s had vanished, and is made again", readers[-1].path)
+                    self._add(name)
+            except OSError as error:
+                _LOGGER.error("%s cannot be made again now: %s", readers[-1].path, error)
+
+    def close(self, *, and_bodies: bool) -> None:
+        """Close the pipes.
+
+        :param and_bodies: remove what they were sent and have not read, too: it is still ours.
+        """
+        readers, self._readers = self._readers, {}
+        for same in readers.values():
+            for reader in same:
+                reader.close()
+        for name in files.listed(self._directory) if and_bodies else ():
+            if directories.body_receiver(name) in readers:
+                files.remove(self._directory / name)
 
 
 class Writer:
@@ -178,7 +260,6 @@ class Writer:
         with no_fork:
             self._descriptor = open_for_writing(path)
             poller.descriptors.add(self._descriptor)
-        self._inode = os.fstat(self._descriptor).st_ino
         poller.writers.add(self)
         poller.call(self._tend)
 
@@ -189,7 +270,7 @@ class Writer:
 
     def is_in_place(self) -> bool:
         """Say whether the FIFO still has its name."""
-        return is_inode(self.path, self._inode)
+        return not self._closed and files.is_in_place(self.path, self._descriptor)
 
     def send(self, data: bytes) -> None:
         """Write a frame, or put it into the outbox behind those that wait there already.
@@ -402,11 +483,3 @@ def _check_fifo(descriptor: int, path: Path) -> None:
 
 def _not_a_fifo(path: Path) -> directories.DirectoryRefused:
     return directories.DirectoryRefused(f"{path} is not a FIFO of this user: remove it.")
-
-
-def is_inode(path: Path, inode: int) -> bool:
-    """Say whether a name still leads to the same file."""
-    try:
-        return os.lstat(path).st_ino == inode
-    except OSError:
-        return False

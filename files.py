@@ -132,6 +132,15 @@ def listed(directory: Path | str, *, hidden: bool = False) -> Iterator[str]:
             raise
 
 
+def is_in_place(path: Path | str, descriptor: int) -> bool:
+    """Say whether a name still leads to what a descriptor has open."""
+    try:
+        ours, there = os.fstat(descriptor), os.lstat(path)
+    except OSError:
+        return False
+    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
+
+
 def is_older(path: Path | str, seconds: float) -> bool:
     """Say whether something was last moved or changed so long ago; what is gone is not."""
     try:

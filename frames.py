@@ -143,12 +143,8 @@ class Frames:
         return following
 
 
-def encode(message: Message) -> str:
-    """Turn a message of our own, which holds nothing of a user's, into JSON."""
-    return _plain(message)
-
-
-_plain: Callable[[Any], str] = json.JSONEncoder(separators=(",", ":")).encode
+encode: Callable[[Message], str] = json.JSONEncoder(separators=(",", ":")).encode
+"""Turns a message of our own, which holds nothing of a user's, into JSON."""
 
 
 class _Beyond(Exception):
@@ -156,7 +152,7 @@ class _Beyond(Exception):
 
 
 def _refuse(value: object) -> Any:
-    if isinstance(value, tuple(_DRESSES)):
+    if isinstance(value, tuple(_BEYOND)):
         raise _Beyond
     raise TypeError(f"JSON cannot express {value!r} ({type(value).__name__})")
 
@@ -189,6 +185,7 @@ class Codec:
         """Turn a message into JSON.
 
         :raises TypeError: JSON cannot express it.
+        :raises Exception: whatever else the user's encoder raises.
         """
         try:
             try:
@@ -218,24 +215,19 @@ class Codec:
 
 
 # A datetime is a date too, so it comes first. A set may hold tuples, but no lists.
-_DRESSES: dict[type, tuple[str, Callable[[Any], Any]]] = {
-    uuid.UUID: ("uuid", str),
-    datetime.datetime: ("datetime", datetime.datetime.isoformat),
-    datetime.date: ("date", datetime.date.isoformat),
-    bytes: ("bytes", lambda value: binascii.b2a_base64(value, newline=False).decode()),
-    complex: ("complex", lambda value: [value.real, value.imag]),
-    set: ("set", lambda value: [_dress_member(item) for item in value]),
-    frozenset: ("frozenset", lambda value: [_dress_member(item) for item in value]),
+_BEYOND: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    uuid.UUID: (str, uuid.UUID),
+    datetime.datetime: (datetime.datetime.isoformat, datetime.datetime.fromisoformat),
+    datetime.date: (datetime.date.isoformat, datetime.date.fromisoformat),
+    bytes: (lambda value: binascii.b2a_base64(value, newline=False).decode(), binascii.a2b_base64),
+    complex: (lambda value: [value.real, value.imag], lambda value: complex(*value)),
+    set: (lambda value: [_dress_member(item) for item in value], lambda value: set(map(_undress, value))),
+    frozenset: (lambda value: [_dress_member(item) for item in value], lambda value: frozenset(map(_undress, value))),
 }
+"""How JSON says a value of these types, and how it becomes again what it was."""
 _REVIVALS: dict[str, Callable[[Any], Any]] = {
-    "uuid": uuid.UUID,
-    "datetime": datetime.datetime.fromisoformat,
-    "date": datetime.date.fromisoformat,
-    "bytes": binascii.a2b_base64,
-    "complex": lambda value: complex(*value),
-    "set": lambda value: {_undress(item) for item in value},
-    "frozenset": lambda value: frozenset(_undress(item) for item in value),
-    "tuple": lambda value: tuple(_undress(item) for item in value),
+    **{kind.__name__.lower(): revive for kind, (_, revive) in _BEYOND.items()},
+    "tuple": lambda value: tuple(map(_undress, value)),
     "object": lambda value: {key: _undress(item) for key, item in value.items()},
 }
 
@@ -246,9 +238,9 @@ def _dress(value: Any) -> Any:
         return {_MARK: "object", "value": dressed} if _MARK in dressed else dressed
     if isinstance(value, list | tuple):
         return [_dress(item) for item in value]
-    for kind, (name, express) in _DRESSES.items():
+    for kind, (express, _) in _BEYOND.items():
         if isinstance(value, kind):
-            return {_MARK: name, "value": express(value)}
+            return {_MARK: kind.__name__.lower(), "value": express(value)}
     return value
 
 

@@ -1,20 +1,18 @@
-"""Coming and going: the pipes of a communicator, and the life of a worker under its id.
+"""Coming and going: the life of a worker under its id.
 
-Strategy: a communicator that only sends has a reply pipe. One that subscribes to something, or holds tasks, has a life
-as a worker too: the lock of its id first, before anything else of it exists, then pipes, entry and routes, and the
-lock last when it goes. Every ten seconds, and when it stumbles over it, it looks whether all that is in place, and
+Strategy: a communicator that only sends has a reply pipe. One that was given a worker id, subscribes or holds tasks has
+a life as a worker too: the lock of its id first, before anything else of it exists, then pipes, entry and routes, and
+the lock last when it goes. Every ten seconds, and when it stumbles over it, it looks whether all that is in place, and
 makes again what is not. Nobody has to tell it.
 
 Rules:
 - What the last life under the id left is buried before this one begins, with the lock in hand.
-- A pipe that lost its name is made again, and the old one goes on being read: others may have it open.
 - Who finds another's lock under its id has lost the id, and what it claimed with it: it begins a new life.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import threading
@@ -30,83 +28,16 @@ if TYPE_CHECKING or not __package__:
     import directories
     import files
     import presence
-    from fifo import Reader, is_inode, open_for_writing
-    from poller import Poller, guarded, no_fork
+    from fifo import Pipes, open_for_writing
+    from poller import Poller, no_fork
 else:
     from . import burial, directories, files, presence
-    from .fifo import Reader, is_inode, open_for_writing
-    from .poller import Poller, guarded, no_fork
+    from .fifo import Pipes, open_for_writing
+    from .poller import Poller, no_fork
 
 _LOGGER = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 5.0
 _FIRST_PAUSE_SECONDS = 0.001
-
-
-class Pipes:
-    """The pipes that a communicator reads. Opened under their owner's lock, read and closed in the selector thread."""
-
-    def __init__(self, layout: directories.Layout, poller: Poller) -> None:
-        self._layout = layout
-        self._poller = poller
-        self._readers: dict[str, list[Reader]] = {}
-        self._handlers: dict[str, Callable[[Reader, bytes], None]] = {}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._readers
-
-    def open(self, name: str, handler: Callable[[Reader, bytes], None]) -> bool:
-        """Make a pipe that is not in place, and call `handler` in the selector thread for each frame that comes.
-
-        :return: whether there was none.
-        :raises OSError: it cannot be made.
-        """
-        is_new = name not in self._readers
-        if is_new or not self._readers[name][-1].is_in_place():
-            self._handlers[name] = handler
-            self._add(name)
-        return is_new
-
-    def _add(self, name: str) -> None:
-        reader = Reader(self._poller, self._layout.pipes / name)
-        before = [known for known in self._readers.get(name, []) if not known.closed]
-        self._readers[name] = [*before, reader]
-        for known in before:
-            self._poller.call(known.retire)
-        handle = functools.partial(self._handlers[name], reader)
-        self._poller.call(lambda: reader.start(lambda _: guarded(reader.read(), handle)))
-
-    def drain(self, name: str) -> None:
-        """Handle all frames that have come to a pipe."""
-        for reader in self._readers.get(name, []):
-            guarded(reader.drain(), functools.partial(self._handlers[name], reader))
-
-    def inject(self, name: str, data: bytes) -> None:
-        """Handle a frame as if it had come by a pipe."""
-        for reader in self._readers.get(name, [])[-1:]:
-            guarded([data], functools.partial(self._handlers[name], reader))
-
-    def look(self) -> None:
-        """Make again what has lost its name, and touch the rest, so that nobody takes it for forgotten."""
-        for name, readers in list(self._readers.items()):
-            with contextlib.suppress(OSError):
-                if readers[-1].is_in_place():
-                    os.utime(readers[-1].path)
-                else:
-                    _LOGGER.warning("%s had vanished, and is made again", readers[-1].path)
-                    self._add(name)
-
-    def close(self, *, bodies: bool) -> None:
-        """Close the pipes.
-
-        :param bodies: remove what they were sent and have not read, too: it is still ours.
-        """
-        readers, self._readers = self._readers, {}
-        for same in readers.values():
-            for reader in same:
-                reader.close()
-        for name in files.listed(self._layout.pipes) if bodies else ():
-            if directories.body_receiver(name) in readers:
-                files.remove(self._layout.pipes / name)
 
 
 def _patiently() -> Iterator[None]:
@@ -122,23 +53,32 @@ def _patiently() -> Iterator[None]:
 class Life:
     """One life of a worker. Used under its owner's lock."""
 
-    def __init__(self, layout: directories.Layout, poller: Poller, worker_id: str | None) -> None:
+    def __init__(
+        self,
+        layout: directories.Layout,
+        poller: Poller,
+        worker_id: str | None,
+        ring: Callable[[str, str], None],
+    ) -> None:
         """Take the lock of the id, and bury what its last life left.
 
         :param worker_id: `None`: one is made up.
+        :param ring: told what waits again because we buried somebody: the key of the queue, and the name.
         :raises kiwipy.DuplicateSubscriberIdentifier: a live worker has it.
         :raises OSError: the lock cannot be made.
         """
         self.worker_id = worker_id or f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self.since = time.time()
         self.routes: set[str] = set()
-        self.pipes = Pipes(layout, poller)
-        self.buried = burial.Buried()
+        self.pipes = Pipes(layout.pipes, poller)
         self._layout = layout
         self._poller = poller
+        self._ring = ring
         self._lock = self._take_patiently()
         if worker_id is not None:
-            burial.bury_owned(layout, {worker_id: self._lock}, self.buried, keep=True)
+            buried = burial.Buried()
+            burial.bury_owned(layout, {worker_id: self._lock}, buried, keep=True)
+            self._ring_given_back(buried)
 
     def _take_patiently(self) -> presence.Lock:
         """Take the lock; whoever buries the last life has it for a moment."""
@@ -180,16 +120,15 @@ class Life:
                 self.routes.add(identifier)
                 return True
             buried = burial.bury(self._layout, [owner])
-            self.buried.tasks += buried.tasks
+            self._ring_given_back(buried)
             # Its lock may be in the hands of somebody who buries it, or has only looked.
             if not buried.worker_ids and directories.is_read(self._layout.pipes / f"rpc_{owner}"):
                 return False
         return False
 
-    def take_given_back(self) -> list[tuple[str, str]]:
-        """Return what waits again because we buried somebody, once: the key of the queue, and the name."""
-        given, self.buried.tasks = self.buried.tasks, []
-        return given
+    def _ring_given_back(self, buried: burial.Buried) -> None:
+        for key, name in buried.tasks:
+            self._ring(key, name)
 
     def release_route(self, identifier: str) -> None:
         """Take an RPC identifier back."""
@@ -225,13 +164,13 @@ class Life:
 
     def end(self) -> None:
         """Close the pipes, and let go of the lock. In the selector thread."""
-        self.pipes.close(bodies=True)
+        self.pipes.close(and_bodies=True)
         burial.remove_claims(self._layout, self.worker_id, self._lock)
         self._let_go()
 
     def abandon(self) -> None:
         """Close what another has now: nothing on the disk is ours any more. In the selector thread."""
-        self.pipes.close(bodies=False)
+        self.pipes.close(and_bodies=False)
         self._let_go()
 
     def _let_go(self) -> None:
@@ -258,7 +197,7 @@ class Intake:
 
     def hold(self) -> None:
         """Open it, where somebody reads it and we do not have it open."""
-        if self._descriptor is not None and is_inode(self._path, os.fstat(self._descriptor).st_ino):
+        if self._descriptor is not None and files.is_in_place(self._path, self._descriptor):
             return
         with no_fork, contextlib.suppress(OSError):
             descriptor = open_for_writing(self._path)

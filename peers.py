@@ -62,71 +62,41 @@ class Peer:
 
 
 class Queue:
-    """One queue on the disk and, as long as it has subscribers, the scheduler that shares its tasks out."""
+    """One queue that has subscribers: on the disk, and the scheduler that shares its tasks out."""
 
     def __init__(self, key: str, queue: taskqueue.TaskQueue) -> None:
         self.key = key
         self.queue = queue
         self.due: float | None = None
         """When it is looked at again though nothing happens."""
-        self._scheduler: Scheduler | None = None
-
-    @property
-    def is_served(self) -> bool:
-        """Whether somebody subscribes to it."""
-        return self._scheduler is not None
-
-    def join(self, member: Member) -> None:
-        """A worker subscribes, or does so once more."""
-        if self._scheduler is None:
-            self._scheduler = Scheduler()
-            for name in self.queue.names():
-                self._scheduler.add(name)
-        self._scheduler.join(member)
-
-    def leave(self, member: Member) -> None:
-        """A worker unsubscribes, or is gone."""
-        if self._scheduler is not None:
-            self._scheduler.leave(member)
-            if not self._scheduler.members:
-                self._scheduler = None
-
-    def add(self, name: str) -> None:
-        """A task waits."""
-        if self._scheduler is not None:
-            self._scheduler.add(name)
+        self.scheduler = Scheduler()
+        for name in queue.names():
+            self.scheduler.add(name)
 
     def report(self, member: Member | None, kind: str, name: str) -> None:
         """A worker, a subscriber or not, says what became of a task."""
-        if self._scheduler is None:
-            return
         if member is None:
-            (self._scheduler.add if kind in ("rejected", "returned") else self._scheduler.withdraw)(name)
+            (self.scheduler.add if kind in ("rejected", "returned") else self.scheduler.withdraw)(name)
         elif kind == "claimed":
-            self._scheduler.claimed(member, name)
+            self.scheduler.claimed(member, name)
         elif kind == "done":
-            self._scheduler.done(member, name)
+            self.scheduler.done(member, name)
         elif kind == "rejected":
-            self._scheduler.refuse(member, name)
+            self.scheduler.refuse(member, name)
         elif kind == "returned":
-            self._scheduler.give_back(member, name)
-        elif kind == "lost" and self._scheduler.lose(member, name) and self.queue.is_waiting(name):
-            self._scheduler.add(name)
-
-    def dispatch(self) -> tuple[dict[Member, list[str]], float | None]:
-        """Return whom to ring for what, and when to look again though nothing happens."""
-        return self._scheduler.dispatch(time.monotonic()) if self._scheduler is not None else ({}, None)
+            self.scheduler.give_back(member, name)
+        elif kind == "lost" and self.scheduler.lose(member, name) and self.queue.is_waiting(name):
+            self.scheduler.add(name)
 
     def drift(self) -> Iterator[None]:
         """Compare what is believed with the disk, in steps."""
-        if self._scheduler is not None:
-            members = list(self._scheduler.members)
-            held = ((member, self.queue.names(f"claimed/{member.name}")) for member in members)
-            yield from self._scheduler.drift(time.monotonic(), self.queue.names(), held)
+        members = list(self.scheduler.members)
+        held = ((member, self.queue.names(f"claimed/{member.name}")) for member in members)
+        return self.scheduler.drift(time.monotonic(), self.queue.names(), held)
 
 
 class Queues:
-    """The queues, and what each of them is to ring next. It lives in the coordinator's thread."""
+    """The queues that have subscribers, and what each is to ring next. It lives in the coordinator's thread."""
 
     def __init__(self, layout: directories.Layout, poller: Poller) -> None:
         self._layout = layout
@@ -135,26 +105,43 @@ class Queues:
         self._touched: dict[Queue, None] = {}
 
     def get(self, key: object) -> Queue | None:
-        """Return a queue, in which something has happened; `None` if there is none of that name.
+        """Return a queue, in which something has happened; `None` if nobody subscribes to it.
 
         :raises frames.Garbage: there cannot be one.
         """
         if not isinstance(key, str) or (key and not directories.is_quoted(key)):
             raise frames.Garbage("it names a queue that cannot be")
         queue = self._queues.get(key)
-        if queue is None:
-            directory = self._layout.queue_directory(key)
-            if not directory.is_dir():
-                return None
-            queue = self._queues[key] = Queue(key, taskqueue.TaskQueue(directory))
-        self._touched[queue] = None
+        if queue is not None:
+            self._touched[queue] = None
         return queue
 
     def add(self, key: str, name: str) -> None:
         """A task waits."""
         queue = self.get(key)
         if queue is not None:
-            queue.add(name)
+            queue.scheduler.add(name)
+
+    def join(self, key: str, member: Member) -> None:
+        """A worker subscribes to a queue, or does so once more.
+
+        :raises OSError: the queue cannot be read, or made where somebody has removed it.
+        """
+        queue = self.get(key)
+        if queue is None:
+            on_disk = taskqueue.TaskQueue(self._layout.queue_directory(key))
+            on_disk.make()
+            queue = self._queues[key] = Queue(key, on_disk)
+            self._touched[queue] = None
+        queue.scheduler.join(member)
+
+    def leave(self, key: str, member: Member) -> None:
+        """A worker unsubscribes from a queue, or is gone."""
+        queue = self.get(key)
+        if queue is not None:
+            queue.scheduler.leave(member)
+            if not queue.scheduler.members:
+                del self._queues[key]
 
     def dispatch(self, ring: Callable[[str, Queue, list[str]], None]) -> None:
         """Share out what waits in the queues in which something has happened.
@@ -163,7 +150,7 @@ class Queues:
         """
         touched, self._touched = self._touched, {}
         for queue in touched:
-            rings, again = queue.dispatch()
+            rings, again = queue.scheduler.dispatch(time.monotonic())
             for member, names in rings.items():
                 ring(member.name, queue, names)
             if again is not None and (queue.due is None or again < queue.due):
@@ -181,11 +168,10 @@ class Queues:
                 yield from self._look_at(key, directory)
             except OSError as error:
                 _LOGGER.error("A queue could not be looked at: %s", error)
-        self._queues = {key: queue for key, queue in self._queues.items() if queue.is_served}
 
     def _look_at(self, key: str, directory: Path) -> Iterator[None]:
         queue = self._queues.get(key)
-        if queue is not None and queue.is_served:
+        if queue is not None:
             yield from queue.drift()
             self._touched[queue] = None
         for _ in taskqueue.TaskQueue(directory).sweep():
@@ -200,7 +186,6 @@ class Peers:
         self._poller = poller
         self._queues = queues
         self._peers: dict[str, Peer] = {}
-        self._whose: dict[fifo.Writer, str] = {}
         self._suspects: dict[float, set[str]] = {}
         """Who may be dead, by how long to wait before the next try."""
         self._undertaker = burial.Undertaker(layout)
@@ -235,24 +220,18 @@ class Peers:
                 self._suspect(worker_id)
 
     def _writer(self, name: str, worker_id: str, **options: Any) -> fifo.Writer:
-        writer = fifo.Writer(self._poller, self._layout.pipes / name, self._on_death, **options)
-        self._whose[writer] = worker_id
-        return writer
-
-    def _close(self, writer: fifo.Writer | None) -> None:
-        if writer is not None:
-            self._whose.pop(writer, None)
-            writer.close()
+        on_death = functools.partial(self._on_death, worker_id)
+        return fifo.Writer(self._poller, self._layout.pipes / name, on_death, **options)
 
     def _connect(self, peer: Peer) -> None:
         """Open the ways that are missing, or whose pipe was made again, and join the queues."""
         worker_id, queues = peer.worker.worker_id, peer.worker.queues
         if peer.task is not None and not (queues and peer.task.is_in_place()):
-            self._close(peer.task)
+            peer.task.close()
             peer.task = None
             self._leave(peer, list(peer.members))
         if peer.broadcast is not None and not (peer.worker.broadcast and peer.broadcast.is_in_place()):
-            self._close(peer.broadcast)
+            peer.broadcast.close()
             peer.broadcast, peer.logged_drops = None, 0
         if peer.worker.broadcast and peer.broadcast is None:
             name = f"broadcast_{worker_id}"
@@ -264,36 +243,29 @@ class Peers:
             self._join(peer, key, prefetch)
 
     def _join(self, peer: Peer, key: str, prefetch: int) -> None:
-        queue = self._queues.get(key)
-        if queue is None:
-            # Somebody has removed it.
-            taskqueue.TaskQueue(self._layout.queue_directory(key)).make()
-            queue = self._queues.get(key)
-        if queue is not None:
-            member = peer.members.get(key)
-            if member is None:
-                worker_id = peer.worker.worker_id
-                member = Member(worker_id, prefetch, held=set(queue.queue.names(f"claimed/{worker_id}")))
-                peer.members[key] = member
-            member.prefetch = prefetch
-            queue.join(member)
+        member = peer.members.get(key)
+        if member is None:
+            worker_id = peer.worker.worker_id
+            queue = taskqueue.TaskQueue(self._layout.queue_directory(key))
+            member = Member(worker_id, held=set(queue.names(f"claimed/{worker_id}")))
+        member.prefetch = prefetch
+        self._queues.join(key, member)
+        peer.members[key] = member
 
     def _leave(self, peer: Peer, keys: list[str]) -> None:
         for key in keys:
-            member, queue = peer.members.pop(key), self._queues.get(key)
-            if queue is not None:
-                queue.leave(member)
+            self._queues.leave(key, peer.members.pop(key))
 
     def _forget(self, peer: Peer) -> None:
         self._leave(peer, list(peer.members))
         del self._peers[peer.worker.worker_id]
         for writer in peer.writers():
-            self._close(writer)
+            writer.close()
 
-    def _on_death(self, writer: fifo.Writer, left: list[bytes]) -> None:
+    def _on_death(self, worker_id: str, writer: fifo.Writer, left: list[bytes]) -> None:
         for data in left:
             bodies.discard(data, writer.path)
-        peer = self._peers.get(self._whose.pop(writer, ""))
+        peer = self._peers.get(worker_id)
         if peer is None or writer not in peer.writers():
             return
         if self._layout.entry(peer.worker.worker_id).exists():
@@ -431,5 +403,5 @@ class Peers:
             if left:
                 _LOGGER.warning("%d broadcasts to %s are dropped: it does not read", left, peer.worker.worker_id)
             for writer in peer.writers():
-                self._close(writer)
+                writer.close()
         self._peers.clear()

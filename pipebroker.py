@@ -6,7 +6,7 @@ and broadcasts to be fanned out pass the coordinator. What does all that is the 
 
 Rules:
 - Whatever code runs on ``kiwipy.rmq.RmqThreadCommunicator`` runs on `PipeCommunicator` with only its construction
-  changed.
+  changed, but for what is AMQP's own: ``server_properties``, ``loop`` and ``add_close_callback``.
 - A task that was taken and is not finished waits again: when its context or loop ends, when the future of its outcome
   is dropped, when the communicator is closed or collected, and when the process dies."""
 
@@ -46,6 +46,9 @@ class PipeCommunicator(kiwipy.Communicator):  # type: ignore[misc]
 
     It is thread-safe, and a context manager. It needs no running coordinator to be made, to send tasks (they wait on
     the disk) or for RPC; only tasks that are to reach a subscriber and broadcasts need one.
+
+    Once it is closed, whatever sends, subscribes or unsubscribes raises `kiwipy.CommunicatorClosed`. Where the system
+    has no descriptor, room or thread left, what needs one raises `OSError` or `RuntimeError`.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class PipeCommunicator(kiwipy.Communicator):  # type: ignore[misc]
         :param identifier: of any type, compared as `str` (default: made up).
         :return: the identifier.
         :raises kiwipy.DuplicateSubscriberIdentifier: a live communicator of this configuration has it.
+        :raises TypeError: the subscriber cannot be called.
         """
         return self._engine.subscriptions.add_rpc(subscriber, identifier)
 
@@ -162,12 +166,14 @@ class PipeCommunicator(kiwipy.Communicator):  # type: ignore[misc]
         return self._engine.send_task(self._engine.default, task, no_reply)
 
     def task_queue(self, queue_name: str, prefetch_size: int = 0, prefetch_count: int = 0) -> PipeTaskQueue:
-        """Return a named task queue; `DEFAULT_QUEUE` is the default one.
+        """Return a named task queue, made where it is not there; `DEFAULT_QUEUE` is the default one.
 
+        :param queue_name: any text.
         :param prefetch_size: must be 0, as with RabbitMQ.
         :param prefetch_count: how many tasks of the queue this communicator holds at once (0: as many as before, and no
             limit at first).
-        :raises ValueError: the prefetch is no number of tasks.
+        :raises ValueError: the prefetch is no number of tasks, or the name is empty.
+        :raises NotImplementedError: `prefetch_size` is not 0.
         """
         self._engine.subscriptions.ensure_open()
         if prefetch_size:
@@ -181,15 +187,17 @@ class PipeCommunicator(kiwipy.Communicator):  # type: ignore[misc]
 
         :return: a future of the answer; it gets `kiwipy.DeliveryFailed` if the recipient dies before it answers.
         :raises kiwipy.UnroutableError: no live communicator has the identifier.
+        :raises kiwipy.DeliveryFailed: its recipient does not read, and too many calls wait for it already.
         :raises TypeError: JSON cannot express the message.
         """
         return self._engine.send_rpc(recipient_id, msg)
 
     def broadcast_send(self, body: Any, sender: Any = None, subject: Any = None, correlation_id: Any = None) -> bool:
-        """Send a message to all broadcast subscribers; without a coordinator it is kept for one for 60 seconds.
+        """Send a message to all broadcast subscribers; without a coordinator it is kept for one, at least 60 seconds.
 
         :return: `True`.
         :raises TypeError: JSON cannot express the message.
+        :raises OSError: it could be neither sent nor kept.
         """
         self._engine.send_broadcast(body, sender, subject, correlation_id)
         return True
@@ -211,7 +219,7 @@ class PipeTaskQueue:
     def __iter__(self) -> Iterator[PipeIncomingTask]:
         """Yield the waiting tasks, oldest first; those that are not processed wait again when the loop ends."""
         offered: list[PipeIncomingTask] = []
-        with _Afterwards(self._engine, functools.partial(_give_back, offered)):
+        with _afterwards(self._engine, functools.partial(_give_back, offered)):
             for task in self._engine.pull_each(self._side):
                 offered.append(PipeIncomingTask(self._communicator, self._side, task))
                 yield offered[-1]
@@ -246,28 +254,24 @@ class PipeTaskQueue:
             yield None
             return
         incoming = PipeIncomingTask(self._communicator, self._side, task)
-        with _Afterwards(self._engine, functools.partial(_give_back, [incoming])):
+        with _afterwards(self._engine, functools.partial(_give_back, [incoming])):
             yield incoming
 
 
-class _Afterwards:
-    """What is to be done when a context or loop ends; in the selector thread, where the garbage collector ends it.
+@contextlib.contextmanager
+def _afterwards(engine: Engine, action: Callable[[], None]) -> Iterator[None]:
+    """Do something when a context or loop ends; in the selector thread, where the garbage collector ends it.
 
     The collector may interrupt anybody, who may hold any lock.
     """
-
-    def __init__(self, engine: Engine, action: Callable[[], None]) -> None:
-        self._engine = engine
-        self._action = action
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is GeneratorExit:
-            self._engine.poller.call(self._action)
-        else:
-            self._action()
+    run = action
+    try:
+        yield
+    except GeneratorExit:
+        run = functools.partial(engine.poller.call, action)
+        raise
+    finally:
+        run()
 
 
 def _give_back(offered: list[PipeIncomingTask]) -> None:
@@ -329,7 +333,7 @@ class PipeIncomingTask:
         """
         self._begin()
         outcome = kiwipy.Future()
-        with _Afterwards(self._engine, functools.partial(self._end, outcome)):
+        with _afterwards(self._engine, functools.partial(self._end, outcome)):
             try:
                 yield outcome
             except Exception as error:
@@ -367,11 +371,6 @@ class PipeIncomingTask:
         self._state = "requeued"
         self._engine.tasks.give_back(self._side, self._task)
 
-    def drop(self) -> None:
-        """Be requeued, as the future of the outcome is gone."""
-        if self._state == "processing":
-            self._state = "requeued"
-
     def _finish(self, outcome: kiwipy.Future) -> None:
         if outcome.cancelled():
             self._state = "pending"
@@ -387,8 +386,8 @@ class PipeIncomingTask:
 def _drop(incoming: weakref.ReferenceType[PipeIncomingTask], engine: Engine, side: Side, task: taskqueue.Task) -> None:
     """Let a task wait again whose future was dropped. It changes nothing where the task is finished or requeued."""
     known = incoming()
-    if known is not None:
-        known.drop()
+    if known is not None and known._state == "processing":
+        known._state = "requeued"
     # We are in a finalizer, which takes no lock.
     engine.poller.call(functools.partial(engine.tasks.give_back, side, task))
 

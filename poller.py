@@ -4,7 +4,8 @@ Strategy: one thread for each communicator, and the coordinator's only one, wait
 ready or due.
 
 Rules:
-- Only the selector thread touches the selector and closes descriptors; others leave it a request with `Poller.call`.
+- Only the selector thread touches the selector and closes what that watches; others leave it a request with
+  `Poller.call`.
 - One bad item, be it a frame, a request, a timer or a handler, is logged, and never touches the next one.
 - The locks are reentrant, taken by `with` and held for calls that do not block only, since a signal handler or a
   finalizer may run inside any function here and call any other. (``acquire`` and then ``try`` leaked the lock to a
@@ -129,12 +130,9 @@ class Poller:
                 key.data(mask)
             except Exception:
                 _LOGGER.exception("An event could not be handled")
-        self.run_timers(time.monotonic())
-
-    def run_timers(self, until: float) -> None:
-        """Call what is due until then, but nothing that is only asked for meanwhile."""
-        due = []
-        while self._timers and self._timers[0][0] <= until:
+        # What is due now, but nothing that is only asked for meanwhile.
+        now, due = time.monotonic(), []
+        while self._timers and self._timers[0][0] <= now:
             due.append(heapq.heappop(self._timers)[2])
         for call in due:
             self._try(call)

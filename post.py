@@ -1,8 +1,7 @@
 """What leaves a communicator: tasks' rings, broadcasts, calls and answers.
 
 Strategy: whatever is sent is written straight from the calling thread. A task's ring, a broadcast and a report go to
-the coordinator, and calls and answers straight to whom they are for. Each call for which an answer is awaited stands
-in `Calls` under its correlation id until the answer has come, or whoever owes it has died.
+the coordinator, and calls and answers straight to whom they are for.
 
 Rules:
 - A ring may be lost: whoever comes next finds on the disk what it was for.
@@ -68,11 +67,12 @@ class Kept:
 
     def add_frames(self, left: list[bytes], path: Path) -> None:
         """Keep the newest of the broadcasts that are in frames for a pipe, or in the bodies that these name."""
-        for data in left[:-_KEPT]:
+        old, new = left[:-_KEPT], left[-_KEPT:]
+        for data in old:
             bodies.discard(data, path)
-        self._say_dropped(len(left[:-_KEPT]))
-        self._make_room(len(left[-_KEPT:]))
-        for data in left[-_KEPT:]:
+        self._say_dropped(len(old))
+        self._make_room(len(new))
+        for data in new:
             body = bodies.claimed_body(data, path)
             try:
                 if body is None:
@@ -88,12 +88,8 @@ class Kept:
 
     def _make_room(self, number: int) -> None:
         kept = sorted(name for name in files.listed(self._pipes) if name.startswith("kept_"))
-        excess = len(kept) + number - _KEPT
-        old = [
-            name
-            for index, name in enumerate(kept)
-            if index < excess or files.is_older(self._pipes / name, KEPT_SECONDS)
-        ]
+        excess = max(0, len(kept) + number - _KEPT)
+        old = kept[:excess] + [name for name in kept[excess:] if files.is_older(self._pipes / name, KEPT_SECONDS)]
         self._say_dropped(sum(files.remove(self._pipes / name) for name in old))
 
     def _say_dropped(self, count: int) -> None:
@@ -244,21 +240,17 @@ class Post:
                 self._leave_broadcast(text)
 
     def _send_or_keep(self, text: str) -> None:
-        if not self._send_broadcast(text):
-            self._kept.add(text)
-
-    def _send_broadcast(self, text: str) -> bool:
         for _ in range(2):
             writer = self.ways.to(directories.BROADCAST_INTAKE)
             if writer is None:
-                return False
+                break
             data = bodies.pack(text, writer.path)
             try:
                 writer.send(data)
-                return True
+                return
             except BrokenPipeError:
                 bodies.discard(data, writer.path)
-        return False
+        self._kept.add(text)
 
     def _leave_broadcast(self, text: str) -> None:
         path = self._layout.pipes / directories.BROADCAST_INTAKE

@@ -3,7 +3,7 @@
 Strategy: a name in a directory is a claim, and the kernel has the proof. A worker lives as long as somebody holds the
 lock of its id (flock(2)), and a communicator that only sends as long as somebody reads its reply pipe
 (``open(O_WRONLY | O_NONBLOCK)`` says so with ``ENXIO``, fifo(7)). Neither answer can be stale, because the kernel lets
-go of both at any death. Nothing here compares process ids or ages.
+go of both at any death. Nothing here asks whether a process id lives, or how old something is.
 
 Rules:
 - Whoever holds the lock of a worker id owns everything under that id: pipes, routes, entry, and claimed tasks.
@@ -47,11 +47,7 @@ class Lock:
 
     def is_in_place(self) -> bool:
         """Say whether the lock still has its name."""
-        try:
-            ours, there = os.fstat(self.descriptor), os.lstat(self.path)
-        except OSError:
-            return False
-        return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
+        return files.is_in_place(self.path, self.descriptor)
 
     def release(self) -> None:
         """Let go of the lock. A forked child's copy of the descriptor does not keep it."""
@@ -184,19 +180,12 @@ def coordinator_pid(layout: Layout) -> int | None:
     The pid stands in the very file that is locked, so it is never another one's.
     """
     try:
-        descriptor = os.open(layout.queue / "coordinator.lock", os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        text = _said_by_holder(layout.queue / "coordinator.lock")
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+        if error.errno in (errno.ELOOP, errno.ENXIO):
             return None
         raise
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return None
-    except BlockingIOError:
-        text = os.read(descriptor, 20)
-        return int(text) if text.isdigit() else 0
-    finally:
-        os.close(descriptor)
+    return None if text is None else int(text) if text.isdigit() else 0
 
 
 def is_alive(layout: Layout, worker_id: str) -> bool:
@@ -204,16 +193,21 @@ def is_alive(layout: Layout, worker_id: str) -> bool:
 
     :raises OSError: the kernel did not say.
     """
+    return _said_by_holder(layout.lock(worker_id)) is not None
+
+
+def _said_by_holder(path: Path) -> bytes | None:
+    """Return what stands in a lock file that somebody holds; `None` if nobody does."""
     try:
-        descriptor = os.open(layout.lock(worker_id), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return None
     try:
         # Shared, so that two who only ask never take each other for the owner.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
+        return None
     except BlockingIOError:
-        return True
+        return os.read(descriptor, 20)
     finally:
         os.close(descriptor)
 

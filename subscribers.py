@@ -5,9 +5,11 @@ one function, in this order: the outcome is on its way, the task is in ``complet
 
 Rules:
 - A task that is gone is normal: somebody else has it. A ring beyond the prefetch is put by until there is room.
-- Reports are hints: they go to the coordinator for several tasks at once, 16 names or 20 ms. (One at a time cost 18 to
-  68 % of the tasks per second.) Pulled tasks are reported like others.
-- A subscriber that raises, whatever it raises, ends its task with that outcome; the reason is kept beside the task.
+- Reports are hints: while more waits, they go to the coordinator for several tasks at once, 16 names or 20 ms. (One at
+  a time cost 18 to 68 % of the tasks per second.) Pulled tasks are reported like others.
+- A subscriber that raises ends its task with that outcome, and the reason is kept beside the task. Two mean something
+  else: `kiwipy.TaskRejected` passes it on, and with `kiwipy.CancelledError` it stays claimed until the communicator
+  closes.
 """
 
 from __future__ import annotations
@@ -82,7 +84,6 @@ class Reports:
         self._whose = whose
         self._mutex = threading.RLock()
         self._names: dict[str, dict[str, list[str]]] = {}
-        self._count = 0
         self._due = False
 
     def add(self, key: str, kind: str, name: str, *, at_once: bool) -> None:
@@ -91,10 +92,9 @@ class Reports:
             kinds = self._names.setdefault(key, {})
             if kind == "done" and name in kinds.get("claimed", ()):
                 kinds["claimed"].remove(name)  # Which "done" says as well.
-                self._count -= 1
             kinds.setdefault(kind, []).append(name)
-            self._count += 1
-            waits = not at_once and self._count < _REPORT_NAMES
+            count = sum(len(names) for kinds in self._names.values() for names in kinds.values())
+            waits = not at_once and count < _REPORT_NAMES
         if not waits:
             self.send()
         elif not self._due:
@@ -114,7 +114,6 @@ class Reports:
         """Send what is noted."""
         with self._mutex:
             names, self._names = self._names, {}
-            self._count = 0
         for key, kinds in names.items():
             self._post.ring({"type": "report", **self._whose(), "queue": key, **kinds})
 

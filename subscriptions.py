@@ -1,12 +1,13 @@
 """Who subscribes to what, and the life as a worker that this takes.
 
-Strategy: the first subscription, and the first task that is held, begin a life (``life.py``): an id with its lock.
-Each one after it opens the pipe that it needs, and writes the registry entry anew before it tells the coordinator to
-read it.
+Strategy: a worker id that was given, the first subscription or the first pull begins a life (``life.py``): an id with
+its lock. Each subscription opens the pipe that it needs, and writes the registry entry anew before it tells the
+coordinator to read it.
 
 Rules:
 - A subscription that fails halfway is none: it is taken out again.
-- Nothing waits for another process here but a new life for whoever buries the last one, five seconds at most.
+- Nothing waits for another process here but a new life, or an RPC identifier, for whoever buries the last one that had
+  it, five seconds at most.
 """
 
 from __future__ import annotations
@@ -154,13 +155,9 @@ class Subscriptions:
     def _begun(self, worker_id: str | None = None) -> Life:
         """Return our life as a worker, for whoever registers what it adds to it."""
         if self._life is None:
-            self._life, self._has_lived = Life(self._layout, self._poller, worker_id), True
-            self._ring_given_back(self._life)
+            self._life = Life(self._layout, self._poller, worker_id, self._post.ring_task)
+            self._has_lived = True
         return self._life
-
-    def _ring_given_back(self, life: Life) -> None:
-        for key, name in life.take_given_back():
-            self._post.ring_task(key, name)
 
     @_mending
     def add_task(self, side: Side, subscriber: Callable[..., Any], identifier: Any) -> Any:
@@ -189,9 +186,7 @@ class Subscriptions:
             life = self._begun()
             if self._open(life, "rpc"):
                 self._register(life)
-            free = life.claim_route(str(identifier))
-            self._ring_given_back(life)
-            if not free:
+            if not life.claim_route(str(identifier)):
                 raise kiwipy.DuplicateSubscriberIdentifier(f"RPC identifier '{identifier}'")
             return identifier
 
