@@ -30,7 +30,10 @@ RULES = {
     "before anything new": "join a 1; add 5; -> a:5; join b 1; add 1; tick 0.06; -> b:5",
     "also to one that has offers of its own": (
         "join a; join b; add 1; add 2; -> a:1 b:2; tick 0.03; claimed b 2; add 3; add 4; add 5; -> a:3,5 b:4; "
-        "tick 0.03; -> b:1; tick 0.03; -> b:3,5"
+        "tick 0.03; -> b:1; tick 0.03; -> nothing; claimed b 4; -> b:3; claimed b 1; -> b:5"
+    ),
+    "one that has claimed whatever it was offered takes over all": (
+        "join a; add 1; add 2; add 3; -> a:1,2,3; join b 2; tick 0.06; -> b:1,2"
     ),
     "who did not claim it gets nothing more": (
         "join a; add 1; -> a:1; join b; tick 0.06; -> b:1; add 2; add 3; -> b:2,3"
@@ -57,6 +60,10 @@ RULES = {
     "what all have refused is put off, twice as long each time": (
         "join a; add 1; -> a:1; claimed a 1; refuse a 1; -> nothing; look 1; tick 1; -> a:1; claimed a 1; refuse a 1; "
         "-> nothing; look 3; tick 2; -> a:1"
+    ),
+    "also if one of them does not claim it for ten seconds": (
+        "join a; add 1; -> a:1; claimed a 1; refuse a 1; join b; -> b:1; tick 9; drift 1 |; -> nothing; "
+        "tick 1; drift 1 |; -> nothing; look 11; tick 1; -> b:1; tick 0.06; -> a:1"
     ),
     "but not for a newcomer": (
         "join a; add 1; -> a:1; claimed a 1; refuse a 1; -> nothing; join b; -> b:1; claimed b 1; refuse b 1; "
@@ -162,6 +169,21 @@ def test_rule(rule: str) -> None:
         script.run(step.strip())
 
 
+def test_busy_members_are_not_rung_for_all_that_others_have_not_begun() -> None:
+    tested, members = Scheduler(), [Member(str(number)) for number in range(100)]
+    for member in members:
+        tested.join(member)
+    for number in range(100 * 100):
+        tested.add(f"{number:05}")
+    tested.dispatch(0.0)
+    rung = 0
+    for number, member in enumerate(members):
+        tested.claimed(member, next(iter(member.offered)))
+        rings, _ = tested.dispatch(10.0 + number)
+        rung += sum(map(len, rings.values()))
+    assert rung <= 2 * len(members)
+
+
 def test_pulled_tasks_leave_nothing_behind() -> None:
     tested, full = Scheduler(), Member("full", 1)
     tested.join(full)
@@ -192,9 +214,10 @@ def check(tested: Scheduler) -> None:
         assert all(member in tested._refusals.members(name) for name in member.refused)
     turns = tested._turns
     for member in {*tested.members, *turns._idle, *turns._ready} - turns.changed.keys():
-        has_turn = member in tested.members and member.has_capacity()
+        has_turn = member in tested.members and member.room() > 0
         in_hand = bool(member.offered or member.held)
         assert (member in turns._idle, member in turns._ready) == (has_turn and not in_hand, has_turn and in_hand)
+        assert has_turn or member not in turns.takers
 
 
 class Worker:
@@ -256,11 +279,11 @@ class World:
                 worker.inbox += got
         assert not rings, "somebody was rung who is gone"
         state = self.scheduler._state
-        if any(member.has_capacity() for member in self.scheduler.members):
+        if any(member.room() > 0 for member in self.scheduler.members):
             assert scheduler._WAITING not in state.values()
         for refusers, heap in self.scheduler._parked.items():
             if any(state.get(name) == scheduler._PARKED for name in heap):
-                assert not [member for member in self.scheduler.members - refusers if member.has_capacity()]
+                assert not [member for member in self.scheduler.members - refusers if member.room() > 0]
 
     def some(self) -> Worker | None:
         going = [worker for worker in self.workers if not worker.stopped]
