@@ -83,9 +83,9 @@ def bury_owned(layout: directories.Layout, locks: dict[str, presence.Lock], buri
     for pipe in (pipe for worker_id in locks for pipe in _pipes(layout, worker_id)):
         files.remove(pipe)
     _remove_routes_and_bodies(layout, {f"{kind}_{worker_id}" for worker_id in locks for kind in directories.KINDS})
-    queues = {key: taskqueue.TaskQueue(directory) for key, directory in layout.queues().items()}
+    queues, all_seen = _queues(layout)
     for worker_id, lock in locks.items():
-        clean = True
+        clean = all_seen
         for key, queue in queues.items():
             clean = lock.is_in_place() and _give_back_all(layout, key, queue, worker_id, buried) and clean
         if clean and lock.is_in_place():
@@ -101,16 +101,26 @@ def remove_claims(layout: directories.Layout, worker_id: str, lock: presence.Loc
 
     :raises OSError: one of them cannot be read.
     """
-    queues = [taskqueue.TaskQueue(directory) for directory in layout.queues().values()]
-    if any(True for queue in queues for _ in queue.names(f"claimed/{worker_id}")):
+    queues, all_seen = _queues(layout)
+    if not all_seen or any(True for queue in queues.values() for _ in queue.names(f"claimed/{worker_id}")):
         return
     if lock.is_in_place():
         files.remove(lock.path)
     elif os.path.lexists(lock.path):
         return
-    for queue in queues:
+    for queue in queues.values():
         with contextlib.suppress(OSError):
             os.rmdir(queue.directory / "claimed" / worker_id)
+
+
+def _queues(layout: directories.Layout) -> tuple[dict[str, taskqueue.TaskQueue], bool]:
+    """Return the queues, by key, and whether these are all."""
+    queues: dict[str, taskqueue.TaskQueue] = {}
+    with _logged("Not all queues can be seen"):
+        for key, directory in layout.queues():
+            queues[key] = taskqueue.TaskQueue(directory)
+        return queues, True
+    return queues, False
 
 
 def _pipes(layout: directories.Layout, worker_id: str) -> list[Path]:
@@ -184,9 +194,9 @@ def _logged(what: str) -> Iterator[None]:
 def everybody(layout: directories.Layout) -> set[str]:
     """Return every worker id that something is left of."""
     found = {worker.worker_id for worker in presence.workers(layout)}
-    for directory in layout.queues().values():
-        with _logged(f"The claims in {directory} cannot be read"):
-            found.update(_claimants(layout, taskqueue.TaskQueue(directory)))
+    for queue in _queues(layout)[0].values():
+        with _logged(f"The claims in {queue.directory} cannot be read"):
+            found.update(_claimants(layout, queue))
     for name in files.listed(layout.pipes):
         pipe = presence.route_target(layout.pipes / name) if name.startswith("route_") else name
         owner = directories.pipe_owner(pipe or "")

@@ -15,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import fcntl
+import io
 import json
 import os
 import select
@@ -66,11 +67,11 @@ def start(profile_name: str, config_path: str | os.PathLike[str]) -> int:
                 # It has to find its modules beside it.
                 env={name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"},
             )
-        said = answer.read()
+        said = answer.readline()
     process.wait()
     if not said.startswith("ready "):
         raise presence.CoordinatorError(
-            said or "the coordinator ended before it served: coordinator.log beside the queue may say why"
+            said.strip() or "the coordinator ended before it served: coordinator.log beside the queue may say why"
         )
     return int(said.split()[1])
 
@@ -96,6 +97,8 @@ def stop(config_path: str | os.PathLike[str]) -> int | None:
     pid = presence.coordinator_pid(layout) if layout is not None else None
     if layout is None or pid is None:
         return None
+    if os.lstat(layout.queue / "coordinator.lock").st_uid != os.geteuid():
+        raise presence.CoordinatorError(f"the coordinator (pid {pid or '?'}) is another user's: stop it as that user")
     intake = layout.pipes / directories.TASKS_INTAKE
     deadline, told = time.monotonic() + _PATIENCE_SECONDS, False
     while presence.coordinator_pid(layout) == pid:
@@ -103,10 +106,13 @@ def stop(config_path: str | os.PathLike[str]) -> int | None:
         # is just starting does not read yet.
         told = told or fifo.knock(intake, {"type": "stop"})
         if time.monotonic() > deadline:
-            raise presence.CoordinatorError(
-                f"the coordinator (pid {pid}) has not ended within {_PATIENCE_SECONDS:.0f} s. If it was stopped, let "
-                f"it go on by 'kill -CONT {pid}'; otherwise end it by 'kill -KILL {pid}', which loses no task."
-            )
+            said = f"the coordinator (pid {pid or '?'}) has not ended within {_PATIENCE_SECONDS:.0f} s."
+            if pid:
+                said += (
+                    f" If it was stopped, let it go on by 'kill -CONT {pid}'; otherwise end it by 'kill -KILL {pid}', "
+                    "which loses no task."
+                )
+            raise presence.CoordinatorError(said)
         # It ends when it has sent what it has to send; no descriptor tells of the end of another's child.
         select.select([], [], [], 0.02)
     return pid
@@ -184,8 +190,8 @@ def configure(profile_name: str, *, autostart: bool = True) -> None:
 
 
 def _existing_queues(layout: directories.Layout | None) -> dict[str, taskqueue.TaskQueue]:
-    found = layout.queues() if layout is not None else {}
-    return {key: taskqueue.TaskQueue(directory) for key, directory in found.items()}
+    found = layout.queues() if layout is not None else ()
+    return {key: taskqueue.TaskQueue(directory) for key, directory in found if directory.is_dir()}
 
 
 def _queue_name(layout: directories.Layout, key: str) -> str:
@@ -261,25 +267,39 @@ def main(arguments: list[str] | None, serve: Serve) -> int:
 
     :param serve: what serves in the foreground.
     """
-    options = _parser().parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")  # A name may have what the terminal has not.
     try:
-        config_path = _config_path(options)
-        if options.command is None or (options.command == "start" and options.foreground):
-            serve(options.profile, config_path, options.ready_descriptor)
-            return 0
-        status = _obey(options, config_path)
-        if sys.stdout is not None:  # As it is where somebody has closed it.
-            sys.stdout.flush()
+        status, answer = _obey(_parser().parse_args(arguments), serve)
+        _print(answer)
         return status
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; nor may Python complain of it when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except SystemExit:
+        _print("")
+        raise
     except (RuntimeError, OSError, ValueError) as error:
-        print(f"coordinator.py: {error}", file=sys.stderr)
+        if sys.stderr is not None:  # As it is where somebody has closed it.
+            print(f"coordinator.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _print(answer: str) -> None:
+    """Print an answer, and write out what is printed.
+
+    :raises presence.CoordinatorError: that cannot be done, unless whoever read it has seen enough.
+    """
+    if sys.stdout is None:
+        return
+    try:
+        print(answer, end="\n" if answer else "", flush=True)
+    except OSError as error:
+        # Nor may Python complain of it when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise presence.CoordinatorError(f"done, but the answer cannot be printed: {error.strerror}") from error
 
 
 def _config_path(options: argparse.Namespace) -> Path:
@@ -299,32 +319,35 @@ def _config_path(options: argparse.Namespace) -> Path:
     return config_path
 
 
-def _obey(options: argparse.Namespace, config_path: Path) -> int:
-    """Carry out a command that does not serve; return the exit status."""
+def _obey(options: argparse.Namespace, serve: Serve) -> tuple[int, str]:
+    """Carry out a command; return the exit status, and what is to be printed."""
+    config_path = _config_path(options)
+    if options.command is None or (options.command == "start" and options.foreground):
+        serve(options.profile, config_path, options.ready_descriptor)
+        return 0, ""
     if options.command == "start":
-        print(f"Started the coordinator, pid {start(options.profile, config_path)}.")
-    elif options.command == "stop":
+        return 0, f"Started the coordinator, pid {start(options.profile, config_path)}."
+    if options.command == "stop":
         pid = stop(config_path)
-        print("The coordinator is not running." if pid is None else f"Stopped the coordinator, pid {pid}.")
-    elif options.command == "restart":
+        return 0, "The coordinator is not running." if pid is None else f"Stopped the coordinator, pid {pid}."
+    if options.command == "restart":
         stop(config_path)
-        print(f"Restarted the coordinator, pid {start(options.profile, config_path)}.")
-    elif options.command == "status":
-        answer = status(config_path)
-        print(json.dumps(answer, indent=1) if options.json else _status_text(answer, config_path))
-        return 0 if answer["running"] else 3
-    elif options.command == "tasks":
+        return 0, f"Restarted the coordinator, pid {start(options.profile, config_path)}."
+    if options.command == "status":
+        said = status(config_path)
+        text = json.dumps(said, indent=1) if options.json else _status_text(said, config_path)
+        return 0 if said["running"] else 3, text
+    if options.command == "tasks":
         rows = tasks(config_path, options.state)
-        for line in [json.dumps(rows, indent=1)] if options.json else map(_row_text, rows):
-            print(line)
-    elif options.command == "requeue":
-        unknown = [task_id for task_id in options.task_ids if not requeue(config_path, task_id)]
+        return 0, json.dumps(rows, indent=1) if options.json else "\n".join(map(_row_text, rows))
+    if options.command == "requeue":
+        wanted = dict.fromkeys(options.task_ids)
+        unknown = [task_id for task_id in wanted if not requeue(config_path, task_id)]
         if unknown:
             raise presence.CoordinatorError(f"no failed or completed task is called {', '.join(unknown)}")
-    else:
-        configure(options.profile, autostart=options.autostart)
-        print(f"Profile {options.profile} uses the named pipe broker now. Restart its daemon if it runs.")
-    return 0
+        return 0, ""
+    configure(options.profile, autostart=options.autostart)
+    return 0, f"Profile {options.profile} uses the named pipe broker now. Restart its daemon if it runs."
 
 
 def _parser() -> argparse.ArgumentParser:

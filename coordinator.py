@@ -36,6 +36,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or not __package__:
+    from pipes import Pipes
+
     import bodies
     import burial
     import directories
@@ -48,6 +50,7 @@ if TYPE_CHECKING or not __package__:
 else:
     from . import bodies, burial, directories, fifo, files, frames, presence
     from .peers import Peers, Queues
+    from .pipes import Pipes
     from .poller import Poller
 
 HOUSEKEEPING_SECONDS = 10.0
@@ -79,7 +82,7 @@ class PipeCoordinator:
         self._poller.descriptors.add(self._lock.descriptor)
         self._queues = Queues(self.layout, self._poller)
         self._peers = Peers(self.layout, self._poller, self._queues)
-        self._intakes = fifo.Pipes(self.layout.pipes, self._poller, keep=True)
+        self._intakes = Pipes(self.layout.pipes, self._poller, keep=True)
         self._stopping = False
         self._since = time.time()
         self._written = ""
@@ -112,10 +115,9 @@ class PipeCoordinator:
     def _start(self) -> None:
         self._wait_for_another()
         self._open_intakes()
-        for worker in presence.workers(self.layout):
-            self._peers.meet(worker.worker_id)
-        with _said("Not all who are dead are buried"):
-            self._peers.bury_all()
+        with _said("Not all who came are met, or not all who are dead buried"):
+            for _ in self._peers.look():
+                pass
         self._write_entry()
         self._fan_out_kept()
         _LOGGER.info("Serving %s, pid %d, pipes in %s", self.profile_name, os.getpid(), self.layout.pipes)
@@ -284,21 +286,24 @@ def serve(profile_name: str, config_path: Path, ready: int | None = None) -> Non
         while waiting:
             descriptor = waiting.pop()
             with contextlib.suppress(BrokenPipeError):
-                os.write(descriptor, text.encode(errors="surrogateescape"))
+                # One line, as somebody who was forked meanwhile may keep the other end open.
+                os.write(descriptor, text.replace("\n", " ").encode(errors="surrogateescape") + b"\n")
             os.close(descriptor)
 
     try:
         if ready is not None and os.fork():
             os._exit(0)  # It is nobody's child: it outlives whoever started it, and whoever kills all its children.
+        # Before it has its lock, which would be taken for that of one that serves.
+        _log_to(directories.establish(profile_name, config_path).queue / "coordinator.log", terminal=ready is None)
         coordinator = PipeCoordinator(profile_name, config_path)
-        _log_to(coordinator.layout.queue / "coordinator.log", terminal=ready is None)
         _raise_limit()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: coordinator.stop())
         try:
             coordinator.run(lambda: say(f"ready {os.getpid()}"))
-        except Exception:
-            _LOGGER.exception("The coordinator ends, because of an error")
+        except Exception as error:
+            expected = isinstance(error, presence.CoordinatorError | directories.DirectoryRefused)
+            _LOGGER.error("The coordinator ends: %s", error, exc_info=not expected)
             raise
     except (RuntimeError, OSError, ValueError) as error:
         say(str(error))
@@ -320,6 +325,11 @@ def _raise_limit() -> None:
 def _log_to(file: Path, *, terminal: bool) -> None:
     if os.path.lexists(file) and not file.is_file():
         raise directories.DirectoryRefused(f"{file} is not a regular file: remove it.")
+    try:
+        file.open("ab").close()
+    except OSError as error:
+        raise directories.DirectoryRefused(f"{file} cannot be written: {error.strerror}. Mend or remove it.") from error
+    logging.raiseExceptions = False  # A disk that is full later is no reason to print tracebacks.
     handlers: list[logging.Handler] = [
         logging.handlers.RotatingFileHandler(file, maxBytes=1_000_000, backupCount=3, delay=True)
     ]

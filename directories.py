@@ -28,6 +28,7 @@ import json
 import re
 import stat
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,10 +92,15 @@ class Layout:
         """
         return self.queue / "queues" / key if key else self.queue
 
-    def queues(self) -> dict[str, Path]:
-        """Return the queues that exist, by key; whatever else lies there is passed over."""
-        named = [key for key in files.listed(self.queue / "queues") if is_quoted(key)]
-        return {key: path for key in ("", *named) if (path := self.queue_directory(key)).is_dir()}
+    def queues(self) -> Iterator[tuple[str, Path]]:
+        """Yield the queues that exist, by key, the default one first; whatever else lies there is passed over.
+
+        :raises OSError: those with a name cannot be seen.
+        """
+        yield "", self.queue
+        for key in files.listed(self.queue / "queues"):
+            if is_quoted(key) and (path := self.queue_directory(key)).is_dir():
+                yield key, path
 
 
 # Directories
@@ -234,7 +240,7 @@ def _read_format(queue: Path) -> dict[str, Any] | None:
     """Return what a queue says of itself; `None` if it says nothing."""
     try:
         said = json.loads(files.read(queue / "format"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
         return None
     return said if isinstance(said, dict) and "format" in said else None
 

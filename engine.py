@@ -41,6 +41,8 @@ from typing import TYPE_CHECKING, Any
 import kiwipy
 
 if TYPE_CHECKING or not __package__:
+    from pipes import Pipes
+
     import bodies
     import burial
     import directories
@@ -59,6 +61,7 @@ else:
     from . import bodies, burial, directories, fifo, files, frames, presence, taskqueue
     from .calls import Calls, Reply
     from .lane import Lane
+    from .pipes import Pipes
     from .poller import Poller
     from .post import Post
     from .subscribers import MessageSubscribers, Reports, Side, TaskSubscribers
@@ -201,7 +204,7 @@ class Engine:
         )
         self._receiver = receiver = Receiver(self)
         handlers = {"task": receiver.rung, "rpc": receiver.called, "broadcast": receiver.heard}
-        self._pipes = fifo.Pipes(self.layout.pipes, self.poller)
+        self._pipes = Pipes(self.layout.pipes, self.poller)
         self.subscriptions = Subscriptions(
             self.layout, self.poller, self.post, self.tasks, self.messages, self.reply, handlers, fsync=fsync
         )
@@ -259,9 +262,11 @@ class Engine:
     # The selector thread
 
     def _run(self) -> None:
-        while not self._done:
-            self.poller.poll()
-        self._tear_down()
+        try:
+            while not self._done:
+                self.poller.poll()
+        finally:
+            self._tear_down()
 
     def _on_death(self, writer: fifo.Writer) -> None:
         if writer in self.calls.ways():
@@ -338,8 +343,10 @@ class Engine:
 
     def disown(self) -> None:
         """Be closed, in a forked child; the poller has closed its copies itself."""
-        self.closed = self._done = self.calls.closed = self.subscriptions.closed = True
-        self.tasks.disown()
+        self.closed = self._done = self.calls.closed = True
+        lanes = (self.tasks.lane, self.messages.lane, self.decoding, self._callbacks)
+        for part in (self.subscriptions, self.tasks, self._reports, self.post.ways, *lanes):
+            part.disown()
 
     def _stop(self) -> None:
         self._done = True

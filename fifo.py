@@ -6,7 +6,6 @@ selector thread can write it. What does not fit a frame is a file beside the pip
 Rules:
 - A `Reader` keeps a writing end of its own FIFO open: otherwise its selector would report the end of the file for ever
   once the last writer went. A FIFO appears under its name only when its reader holds it open.
-- A pipe that lost its name is made again, and the old one goes on being read: others may have it open.
 - A `Writer` is watched for reading too: that is how poll(2) tells that the last reader has gone.
 - A signal handler or a finalizer may run inside any function of a `Writer` and send by the same one: who re-enters it
   only appends, and whoever was interrupted sees to it.
@@ -19,13 +18,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import functools
 import logging
 import os
 import select
 import selectors
 import stat
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable
@@ -37,10 +36,10 @@ if TYPE_CHECKING or not __package__:
     import directories
     import files
     import frames
-    from poller import Poller, guarded, no_fork
+    from poller import Poller, no_fork
 else:
     from . import bodies, directories, files, frames
-    from .poller import Poller, guarded, no_fork
+    from .poller import Poller, no_fork
 
 _LOGGER = logging.getLogger(__name__)
 _READ_SIZE = 1 << 16
@@ -138,86 +137,6 @@ class Reader:
         self._poller.release(self._descriptor)
 
 
-class Pipes:
-    """The pipes that somebody reads. Opened under their owner's lock, read and closed in the selector thread."""
-
-    def __init__(self, directory: Path, poller: Poller, *, keep: bool = False) -> None:
-        """
-        :param keep: they outlive their readers.
-        """
-        self._directory = directory
-        self._poller = poller
-        self._keep = keep
-        self._readers: dict[str, list[Reader]] = {}
-        self._handlers: dict[str, tuple[Callable[[Reader, bytes], None], Callable[[], object]]] = {}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._readers
-
-    def open(
-        self, name: str, handler: Callable[[Reader, bytes], None], prepare: Callable[[], object] = lambda: None
-    ) -> bool:
-        """Make a pipe that is not in place, and call `handler` in the selector thread for each frame that comes.
-
-        :param prepare: called when frames have been read, before the first of them is handled.
-        :return: whether there was none.
-        :raises OSError: it cannot be made.
-        """
-        is_new = name not in self._readers
-        if is_new or not self._readers[name][-1].is_in_place():
-            self._handlers[name] = handler, prepare
-            self._add(name)
-        return is_new
-
-    def _add(self, name: str) -> None:
-        reader = Reader(self._poller, self._directory / name, keep=self._keep)
-        before = [known for known in self._readers.get(name, []) if not known.closed]
-        self._readers[name] = [*before, reader]
-        for known in before:
-            self._poller.call(known.retire)
-        self._poller.call(lambda: reader.start(lambda _: self._handle(name, reader, reader.read())))
-
-    def _handle(self, name: str, reader: Reader, found: list[bytes]) -> None:
-        handler, prepare = self._handlers[name]
-        prepare()
-        guarded(found, functools.partial(handler, reader))
-
-    def drain(self, name: str) -> None:
-        """Handle all frames that have come to a pipe."""
-        for reader in self._readers.get(name, []):
-            self._handle(name, reader, reader.drain())
-
-    def inject(self, name: str, data: bytes) -> None:
-        """Handle a frame as if it had come by a pipe."""
-        for reader in self._readers.get(name, [])[-1:]:
-            self._handle(name, reader, [data])
-
-    def look(self) -> None:
-        """Make again what has lost its name, and touch the rest, so that nobody takes it for forgotten."""
-        for name, readers in list(self._readers.items()):
-            try:
-                if readers[-1].is_in_place():
-                    os.utime(readers[-1].path)
-                else:
-                    _LOGGER.warning("%s had vanished, and is made again", readers[-1].path)
-                    self._add(name)
-            except OSError as error:
-                _LOGGER.error("%s cannot be made again now: %s", readers[-1].path, error)
-
-    def close(self, *, and_bodies: bool) -> None:
-        """Close the pipes.
-
-        :param and_bodies: remove what they were sent and have not read, too: it is still ours.
-        """
-        readers, self._readers = self._readers, {}
-        for same in readers.values():
-            for reader in same:
-                reader.close()
-        for name in files.listed(self._directory) if and_bodies else ():
-            if directories.body_receiver(name) in readers:
-                files.remove(self._directory / name)
-
-
 class Writer:
     """The writing end of a FIFO: the way to one life of its reader. `send` and `offer` are safe in any thread.
 
@@ -244,6 +163,8 @@ class Writer:
         """
         self.path = path
         self.dead = False
+        self.died_at = 0
+        """When it was found dead, in nanoseconds since the epoch."""
         self.dropped = 0
         """How many frames the outbox had no room for."""
         self._outbox: deque[tuple[bytes, int]] = deque()
@@ -264,9 +185,9 @@ class Writer:
         poller.call(self._tend)
 
     @property
-    def is_full(self) -> bool:
-        """Whether the pipe has not taken everything yet."""
-        return bool(self._outbox or self._reentered)
+    def waiting(self) -> int:
+        """How many frames the pipe has not taken yet."""
+        return len(self._outbox) + len(self._reentered)
 
     def is_in_place(self) -> bool:
         """Say whether the FIFO still has its name."""
@@ -291,21 +212,30 @@ class Writer:
         try:
             with self._lock:
                 if self._busy:
-                    if waits:
-                        self._reentered.append(data)
-                    return waits
+                    return self._write_within(data) or (waits and self._reenter(data))
                 self._busy = True
                 try:
                     return self._write(data) or (waits and self._push(data))
                 finally:
                     self._busy = False
         finally:
-            if self._outbox or self._reentered or self._trash:
+            if self.waiting or self._trash:
                 self._poller.call(self._tend)
+
+    def _write_within(self, data: bytes) -> bool:
+        """Write a frame in the middle of something else, so that a signal handler may wait for what becomes of it."""
+        with contextlib.suppress(OSError):
+            return not (self.dead or self.waiting) and os.write(self._descriptor, data) > 0
+        return False
+
+    def _reenter(self, data: bytes) -> bool:
+        self._reentered.append(data)
+        return True
 
     def _write(self, data: bytes) -> bool:
         if self.dead:
             raise BrokenPipeError(f"nobody reads {self.path}")
+        self._take_in()
         if self._outbox:
             return False
         try:
@@ -314,9 +244,13 @@ class Writer:
         except BlockingIOError:
             return False
         except BrokenPipeError:
-            self.dead = True
+            self._die()
             self._poller.call(self._tend)
             raise
+
+    def _die(self) -> None:
+        self.died_at = self.died_at or time.time_ns()
+        self.dead = True
 
     def _push(self, data: bytes) -> bool:
         cost = len(data) + bodies.size(data, self.path)
@@ -328,6 +262,16 @@ class Writer:
         self._outbox.append((data, cost))
         self._bytes += cost
         return True
+
+    def _take_in(self) -> None:
+        """Put what a signal handler or a finalizer has sent meanwhile behind what waits already."""
+        while self._reentered:
+            data = self._reentered.popleft()
+            try:
+                self._push(data)
+            except BufferError:
+                self._trash.append(data)
+                self.dropped += 1
 
     def _pop(self) -> bytes:
         data, cost = self._outbox.popleft()
@@ -376,7 +320,7 @@ class Writer:
                     self._release()
                     left = self._taken()
                 elif not self._closed:
-                    events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.is_full else 0)
+                    events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.waiting else 0)
                     self._poller.watch(self._descriptor, events, self._ready)
             finally:
                 self._busy = False
@@ -386,13 +330,7 @@ class Writer:
 
     def _flush(self) -> bool:
         """Say whether somebody still reads."""
-        while self._reentered:
-            data = self._reentered.popleft()
-            try:
-                self._push(data)
-            except BufferError:
-                self._trash.append(data)
-                self.dropped += 1
+        self._take_in()
         try:
             while self._outbox:
                 batch, size = 0, 0
@@ -405,12 +343,12 @@ class Writer:
         except BlockingIOError:
             pass
         except BrokenPipeError:
-            self.dead = True
+            self._die()
         return not self.dead
 
     def _ready(self, mask: int) -> None:
         if mask & selectors.EVENT_READ:
-            self.dead = True
+            self._die()
         self._tend()
 
     def _empty_trash(self) -> None:

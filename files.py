@@ -141,6 +141,18 @@ def is_in_place(path: Path | str, descriptor: int) -> bool:
     return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
 
 
+def is_there(path: Path | str) -> bool:
+    """Say whether something has this name.
+
+    :raises OSError: the kernel did not say, as where a directory may not be entered: that is no proof.
+    """
+    try:
+        os.lstat(path)
+        return True
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def is_older(path: Path | str, seconds: float) -> bool:
     """Say whether something was last moved or changed so long ago; what is gone is not."""
     try:

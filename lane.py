@@ -35,9 +35,14 @@ class Lane:
         """
         with self._mutex:
             if self._thread is None and not self._ended and not self._stopped:
-                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                thread.start()
-                self._thread = thread
+                # Before it is started, as a signal handler may raise while we wait for it to be there.
+                self._thread = thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                try:
+                    thread.start()
+                except BaseException:
+                    if thread.ident is None:
+                        self._thread = None
+                    raise
 
     def put(self, job: Callable[[], object]) -> None:
         """Run a job after those that wait; at once where the lane has finished, and never where it was stopped."""
@@ -63,6 +68,11 @@ class Lane:
             self._finishing = True
             self._ended = self._thread is None
             self._jobs.put(None)
+
+    def disown(self) -> None:
+        """Run nothing, in a forked child, which has no such thread."""
+        self._mutex = threading.RLock()  # Another thread of the parent may have had it.
+        self._stopped = True
 
     def join(self) -> None:
         """After `stop` or `finish`, wait for the thread's end, but not for user code that may take any time."""

@@ -24,15 +24,18 @@ from typing import TYPE_CHECKING
 import kiwipy
 
 if TYPE_CHECKING or not __package__:
+    from pipes import Pipes
+
     import burial
     import directories
     import files
     import presence
-    from fifo import Pipes, open_for_writing
+    from fifo import open_for_writing
     from poller import Poller, no_fork
 else:
     from . import burial, directories, files, presence
-    from .fifo import Pipes, open_for_writing
+    from .fifo import open_for_writing
+    from .pipes import Pipes
     from .poller import Poller, no_fork
 
 _LOGGER = logging.getLogger(__name__)
@@ -164,9 +167,11 @@ class Life:
 
     def end(self) -> None:
         """Close the pipes, and let go of the lock. In the selector thread."""
-        self.pipes.close(and_bodies=True)
-        burial.remove_claims(self._layout, self.worker_id, self._lock)
-        self._let_go()
+        try:
+            self.pipes.close(and_bodies=True)
+            burial.remove_claims(self._layout, self.worker_id, self._lock)
+        finally:
+            self._let_go()
 
     def abandon(self) -> None:
         """Close what another has now: nothing on the disk is ours any more. In the selector thread."""

@@ -90,9 +90,14 @@ class Queue:
 
     def drift(self) -> Iterator[None]:
         """Compare what is believed with the disk, in steps."""
-        members = list(self.scheduler.members)
-        held = ((member, self.queue.names(f"claimed/{member.name}")) for member in members)
-        return self.scheduler.drift(time.monotonic(), self.queue.names(), held)
+        return self.scheduler.drift(time.monotonic(), self.queue.names(), self._held())
+
+    def _held(self) -> Iterator[tuple[Member, list[str]]]:
+        for member in list(self.scheduler.members):
+            try:
+                yield member, list(self.queue.names(f"claimed/{member.name}"))
+            except OSError as error:
+                _LOGGER.error("What worker %s has claimed cannot be listed: %s", member.name, error)
 
 
 class Queues:
@@ -163,7 +168,7 @@ class Queues:
 
     def look(self) -> Iterator[None]:
         """Compare each queue with the disk, and remove what is old in it, in steps."""
-        for key, directory in self._layout.queues().items():
+        for key, directory in self._layout.queues():
             try:
                 yield from self._look_at(key, directory)
             except OSError as error:
@@ -172,8 +177,10 @@ class Queues:
     def _look_at(self, key: str, directory: Path) -> Iterator[None]:
         queue = self._queues.get(key)
         if queue is not None:
-            yield from queue.drift()
-            self._touched[queue] = None
+            try:
+                yield from queue.drift()
+            finally:
+                self._touched[queue] = None
         for _ in taskqueue.TaskQueue(directory).sweep():
             yield
 
@@ -225,22 +232,40 @@ class Peers:
 
     def _connect(self, peer: Peer) -> None:
         """Open the ways that are missing, or whose pipe was made again, and join the queues."""
-        worker_id, queues = peer.worker.worker_id, peer.worker.queues
-        if peer.task is not None and not (queues and peer.task.is_in_place()):
-            peer.task.close()
-            peer.task = None
-            self._leave(peer, list(peer.members))
-        if peer.broadcast is not None and not (peer.worker.broadcast and peer.broadcast.is_in_place()):
-            peer.broadcast.close()
-            peer.broadcast, peer.logged_drops = None, 0
-        if peer.worker.broadcast and peer.broadcast is None:
-            name = f"broadcast_{worker_id}"
-            peer.broadcast = self._writer(name, worker_id, limit=_OUTBOX_FRAMES, drops_oldest=True)
-        if queues and peer.task is None:
-            peer.task = self._writer(f"task_{worker_id}", worker_id)
-        self._leave(peer, [key for key in peer.members if key not in queues])
-        for key, prefetch in queues.items():
+        queues, before = peer.worker.queues, peer.task
+        peer.task = self._way(peer, "task", before, bool(queues))
+        peer.broadcast = self._way(
+            peer, "broadcast", peer.broadcast, peer.worker.broadcast, limit=_OUTBOX_FRAMES, drops_oldest=True
+        )
+        if peer.broadcast is None:
+            peer.logged_drops = 0
+        # What it was rung for by a way that is gone waits again.
+        self._leave(peer, [key for key in peer.members if key not in queues or peer.task is not before])
+        for key, prefetch in queues.items() if peer.task is not None else ():
             self._join(peer, key, prefetch)
+
+    def _way(self, peer: Peer, kind: str, old: fifo.Writer | None, wanted: bool, **options: Any) -> fifo.Writer | None:
+        """Return the way to a pipe of a worker's: the one there is or, where the pipe was made again, a new one.
+
+        As long as the new one is not there the old one is kept: its reader may live, and read it.
+        """
+        if old is not None and not wanted:
+            old.close()
+        if not wanted or (old is not None and not old.dead and old.is_in_place()):
+            return old if wanted else None
+        try:
+            new = self._writer(f"{kind}_{peer.worker.worker_id}", peer.worker.worker_id, **options)
+        except OSError as error:
+            if error.errno not in (errno.ENXIO, errno.ENOENT):
+                _LOGGER.error("Worker %s cannot be reached: %s", peer.worker.worker_id, error)
+            return old
+        if old is not None:
+            new.dropped = old.dropped
+            with contextlib.suppress(BrokenPipeError):
+                for data in old.take_back():
+                    new.send(data)
+            old.close()
+        return new
 
     def _join(self, peer: Peer, key: str, prefetch: int) -> None:
         member = peer.members.get(key)
@@ -351,7 +376,9 @@ class Peers:
         :param sent: when it was sent, in seconds since the epoch: those who listen only since then do not get it.
         """
         for peer in list(self._peers.values()):
-            if peer.broadcast is not None and (sent is None or peer.worker.listens_since <= sent):
+            since = peer.worker.listens_since
+            # A clock that was set back leaves entries from the future.
+            if peer.broadcast is not None and (sent is None or since <= sent or since > time.time()):
                 try:
                     peer.broadcast.send(bodies.readdress(data, peer.broadcast.path, source))
                 except BrokenPipeError:
@@ -399,7 +426,7 @@ class Peers:
     def close(self) -> None:
         """Close all ways, and say which broadcasts are dropped with them."""
         for peer in list(self._peers.values()):
-            left = len(peer.broadcast.take_back()) if peer.broadcast is not None else 0
+            left = peer.broadcast.waiting if peer.broadcast is not None else 0
             if left:
                 _LOGGER.warning("%d broadcasts to %s are dropped: it does not read", left, peer.worker.worker_id)
             for writer in peer.writers():

@@ -377,10 +377,10 @@ class PipeIncomingTask:
             if self._dropped is not None:
                 self._dropped.detach()
             return
-        self._state = "finished"
         error = outcome.exception()
         answer = failure(error) if error is not None else {"result": outcome.result()}
         self._engine.tasks.finish(self._side, self._task, answer)
+        self._state = "finished"
 
 
 def _drop(incoming: weakref.ReferenceType[PipeIncomingTask], engine: Engine, side: Side, task: taskqueue.Task) -> None:

@@ -39,8 +39,8 @@ class Outbox(Protocol):
     dead: bool
 
     @property
-    def is_full(self) -> bool:
-        """Whether the pipe has not taken everything yet."""
+    def waiting(self) -> int:
+        """How many frames the pipe has not taken yet."""
 
 
 no_fork = threading.RLock()
@@ -57,13 +57,18 @@ def _abandon_copies() -> None:
 os.register_at_fork(before=no_fork.acquire, after_in_parent=no_fork.release, after_in_child=_abandon_copies)
 
 
+def _say(what: str) -> None:
+    with contextlib.suppress(Exception):  # A user's log handler may raise, and the selector thread goes on.
+        _LOGGER.exception(what)
+
+
 def guarded(items: Iterable[bytes], handle: Callable[[bytes], None]) -> None:
     """Handle one frame after the other, whatever becomes of one."""
     for item in items:
         try:
             handle(item)
         except Exception:
-            _LOGGER.exception("A frame could not be handled")
+            _say("A frame could not be handled")
 
 
 class Poller:
@@ -129,7 +134,7 @@ class Poller:
             try:
                 key.data(mask)
             except Exception:
-                _LOGGER.exception("An event could not be handled")
+                _say("An event could not be handled")
         # What is due now, but nothing that is only asked for meanwhile.
         now, due = time.monotonic(), []
         while self._timers and self._timers[0][0] <= now:
@@ -141,7 +146,7 @@ class Poller:
         try:
             call()
         except Exception:
-            _LOGGER.exception("An event could not be handled")
+            _say("An event could not be handled")
 
     def watch(self, descriptor: int, events: int, handler: Callable[[int], None]) -> None:
         """Call `handler` with the events that become ready; 0 events: no longer."""
@@ -183,7 +188,7 @@ class Poller:
     def flush(self, seconds: float) -> None:
         """Handle events until every outbox is empty, or for so many seconds."""
         deadline = time.monotonic() + seconds
-        while any(writer.is_full for writer in list(self.writers)) and (left := deadline - time.monotonic()) > 0:
+        while any(writer.waiting for writer in list(self.writers)) and (left := deadline - time.monotonic()) > 0:
             self.poll(left)
 
     def close(self) -> None:

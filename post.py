@@ -62,29 +62,33 @@ class Kept:
         :raises OSError: there is no room.
         """
         self._make_room(1)
-        files.write_whole(self._new(), text.encode())
+        files.write_whole(self._new(time.time_ns()), text.encode())
         self._ring({"type": "kept"})  # A coordinator may have come just now.
 
-    def add_frames(self, left: list[bytes], path: Path) -> None:
-        """Keep the newest of the broadcasts that are in frames for a pipe, or in the bodies that these name."""
+    def add_frames(self, left: list[bytes], path: Path, since: int) -> None:
+        """Keep the newest of the broadcasts that are in frames for a pipe, or in the bodies that these name.
+
+        :param since: before what comes later, in nanoseconds since the epoch: they are older than what is kept
+            meanwhile by those who send.
+        """
         old, new = left[:-_KEPT], left[-_KEPT:]
         for data in old:
             bodies.discard(data, path)
         self._say_dropped(len(old))
         self._make_room(len(new))
-        for data in new:
-            body = bodies.claimed_body(data, path)
+        for index, data in enumerate(new):
+            body, kept = bodies.claimed_body(data, path), self._new(since + index)
             try:
                 if body is None:
-                    files.write_whole(self._new(), frames.text(data).encode())
+                    files.write_whole(kept, frames.text(data).encode())
                 else:
-                    os.rename(body, self._new())
+                    os.rename(body, kept)
             except OSError as error:
                 _LOGGER.warning("A broadcast is dropped, since it could neither be sent nor kept: %s", error)
         self._ring({"type": "kept"})
 
-    def _new(self) -> Path:
-        return self._pipes / f"kept_{time.time_ns():020d}-{uuid.uuid4().hex}"
+    def _new(self, time_ns: int) -> Path:
+        return self._pipes / f"kept_{time_ns:020d}-{uuid.uuid4().hex}"
 
     def _make_room(self, number: int) -> None:
         kept = sorted(name for name in files.listed(self._pipes) if name.startswith("kept_"))
@@ -107,11 +111,11 @@ class Ways:
         self,
         pipes: Path,
         poller: Poller,
-        give_up: Callable[[Path, list[bytes]], None],
+        give_up: Callable[[fifo.Writer, list[bytes]], None],
         on_death: Callable[[fifo.Writer], None],
     ) -> None:
         """
-        :param give_up: called in the selector thread with the path of a pipe and the frames that it has not taken.
+        :param give_up: called in the selector thread with the way to a pipe and the frames that it has not taken.
         :param on_death: called in the selector thread with the way to a pipe that nobody reads any more.
         """
         self._pipes = pipes
@@ -121,6 +125,7 @@ class Ways:
         self._writers: dict[str, fifo.Writer] = {}
         self._mutex = threading.RLock()
         self._closed = False
+        self.disowned = False
 
     def to(self, name: str) -> fifo.Writer | None:
         """Return the way to a pipe; `None` if nobody reads it.
@@ -142,6 +147,10 @@ class Ways:
                     if error.errno in (errno.ENXIO, errno.ENOENT):
                         return None
                     raise
+                known = self._writers.get(name)
+                if known is not None and not known.dead:
+                    self._poller.call(writer.close)  # A signal handler has opened one meanwhile.
+                    return known
                 self._writers[name] = writer
             return writer
 
@@ -149,7 +158,7 @@ class Ways:
         with self._mutex:
             if self._writers.get(writer.path.name) is writer:
                 del self._writers[writer.path.name]
-        self._give_up(writer.path, left)
+        self._give_up(writer, left)
         self._on_death(writer)
 
     def look(self) -> None:
@@ -175,7 +184,13 @@ class Ways:
                 left = [data for data in left if frames.claimed(data) is None]
             if left and writer.path.name != directories.BROADCAST_INTAKE:
                 _LOGGER.warning("%s is not read: %d messages to it are dropped", writer.path, len(left))
-            self._give_up(writer.path, left)
+            self._give_up(writer, left)
+
+    def disown(self) -> None:
+        """Lead nowhere, in a forked child."""
+        self._mutex = threading.RLock()  # Another thread of the parent may have had it.
+        self._closed = self.disowned = True
+        self._writers.clear()
 
 
 class Post:
@@ -197,12 +212,12 @@ class Post:
         self._kept = Kept(layout.pipes, self.ring)
         self.ways = Ways(layout.pipes, poller, self._give_up, on_death)
 
-    def _give_up(self, path: Path, left: list[bytes]) -> None:
-        if path.name != directories.BROADCAST_INTAKE:
+    def _give_up(self, writer: fifo.Writer, left: list[bytes]) -> None:
+        if writer.path.name != directories.BROADCAST_INTAKE:
             for data in left:
-                bodies.discard(data, path)
+                bodies.discard(data, writer.path)
         elif left:
-            self._kept.add_frames(left, path)
+            self._kept.add_frames(left, writer.path, writer.died_at or time.time_ns())
 
     # To the coordinator
 
@@ -303,10 +318,17 @@ class Post:
             self.deliver(reply_to, correlation_id, self.express(correlation_id, fields))
 
     def express(self, correlation_id: object, fields: dict[str, Any]) -> str:
-        """Return the text of an answer. What a user's encoder raises is the answer then."""
+        """Return the text of an answer. What a user's encoder raises is the answer then.
+
+        :raises BaseException: what is no `Exception`, in the main thread.
+        """
         try:
             return self._codec.encode({**fields, "correlation_id": correlation_id})
+        except Exception as error:
+            return self._excuse(correlation_id, error)
         except BaseException as error:
+            if threading.current_thread() is threading.main_thread():
+                raise  # It may be a signal handler's, and then it is for whoever was interrupted.
             return self._excuse(correlation_id, error)
 
     def _excuse(self, correlation_id: object, error: BaseException) -> str:
@@ -318,7 +340,7 @@ class Post:
 
         :param outlives: it is the outcome of a task: where the pipe does not take it, it goes to the disk first.
         """
-        if not directories.is_reply_pipe(reply_to):
+        if self.ways.disowned or not directories.is_reply_pipe(reply_to):
             return
         try:
             self._deliver(text, str(reply_to), outlives)

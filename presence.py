@@ -274,7 +274,7 @@ def coordinator(layout: Layout) -> dict[str, Any] | None:
     pid = coordinator_pid(layout)
     if pid is None:
         return None
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         said = json.loads(files.read(layout.registry / "coordinator.json"))
         if isinstance(said, dict) and said.get("pid") == pid:
             return said

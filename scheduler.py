@@ -10,7 +10,7 @@ Rules:
 - An offer that was not claimed within `GRACE_SECONDS` goes to anybody else who has capacity, before anything new does.
   Whoever it was taken from gets nothing more until it is heard from: a stopped worker holds up `WINDOW` tasks, once.
   (Were only those with no offers of their own to take it over, it would wait behind every newer one, for ever.)
-- Who has offers that it has not claimed itself takes over one at a time, and the next when something happens to it.
+- Who has offers that it has not claimed itself takes over no more of others' than it has finished or passed over.
   (Were it to take all that it has room for, 100 busy workers would be rung 45 times for each task, and not 3 times.)
 - Who refused a task is not offered it again before everybody has refused it. As long as somebody is merely full, it is
   parked for him. (Were those who have capacity now asked only, one full worker would keep all others from it.) When
@@ -124,10 +124,10 @@ class _Turns:
         self._ready: dict[Member, None] = {}
         self.fresh: dict[Member, None] = {}
         """Those that have got capacity since somebody emptied this; all others have refused what is parked."""
-        self.takers: dict[Member, None] = {}
-        """Those with capacity to whom something has happened since they last took over another's offer."""
-        self.changed: dict[Member, None] = {}
-        """Those whose capacity may have changed since they were placed."""
+        self.takers: dict[Member, int] = {}
+        """Those with capacity that were heard from, and how many offers of others' each may take over."""
+        self.changed: dict[Member, int] = {}
+        """Those whose capacity may have changed since they were placed, and how many hands they have got free."""
 
     def __bool__(self) -> bool:
         return bool(self._idle or self._ready)
@@ -135,8 +135,8 @@ class _Turns:
     def place_changed(self) -> None:
         """Put the members to whom something has happened where they belong, once for all that has."""
         changed, self.changed = self.changed, {}
-        for member in changed:
-            self.takers[member] = None
+        for member, free in changed.items():
+            self.takers[member] = min(WINDOW, self.takers.get(member, 0) + free)
             self.place(member)
 
     def place(self, member: Member) -> None:
@@ -157,6 +157,25 @@ class _Turns:
                 if member not in but:
                     return member
         return None
+
+    def takeovers(
+        self, offered: dict[str, tuple[Member, float]], refusals: _Refusals, now: float
+    ) -> list[tuple[str, Member]]:
+        """Return what is overdue and can be taken over, with whoever does."""
+        found, quota = [], dict[Member, int]()
+        for name, (owner, since) in offered.items():
+            if since + GRACE_SECONDS > now or not self.takers:
+                break
+            but = {owner, *refusals.members(name)}
+            while (taker := next((member for member in self.takers if member not in but), None)) is not None:
+                hands = self.takers.pop(taker)
+                left = quota.get(taker, min(taker.room(), hands) if taker.offered else taker.room())
+                if left > 0:
+                    found.append((name, taker))
+                    self.takers.pop(owner, None)
+                    quota[taker] = self.takers[taker] = left - 1
+                    break
+        return found
 
 
 class Scheduler:
@@ -206,13 +225,13 @@ class Scheduler:
     def _forgive(self, member: Member) -> None:
         self._refusals.forget_member(member)
         self._regroup = True
-        self._turns.changed[member] = None
+        self._turns.changed.setdefault(member, 0)
 
     def claimed(self, member: Member, name: str) -> None:
         """A worker has claimed a task."""
         self.withdraw(name)
         member.held.add(name)
-        self._hear(member)
+        self._hear(member, 0)
 
     def done(self, member: Member, name: str) -> None:
         """A worker has finished a task."""
@@ -268,7 +287,7 @@ class Scheduler:
                 self._offer(member, name, now, rings)
             else:
                 self._park(name, now)
-        if rings:
+        if rings and (not self._grace_ends or self._grace_ends[-1] < now + GRACE_SECONDS):
             self._grace_ends.append(now + GRACE_SECONDS)
         return rings, self._next_look(now)
 
@@ -289,30 +308,12 @@ class Scheduler:
                 self._wait(name)
 
     def _take_over(self, now: float, rings: dict[Member, list[str]]) -> None:
-        for name, taker in self._takeovers(now):
+        for name, taker in self._turns.takeovers(self._offered, self._refusals, now):
             owner, _ = self._offered[name]
             self._forget(name)
             owner.silent = True
             self._turns.place(owner)
             self._offer(taker, name, now, rings)
-
-    def _takeovers(self, now: float) -> list[tuple[str, Member]]:
-        """Return what is overdue and can be taken over, with whoever does."""
-        found = []
-        takers, quota = self._turns.takers, dict[Member, int]()
-        for name, (owner, since) in self._offered.items():
-            if since + GRACE_SECONDS > now or not takers:
-                break
-            but = self._refusals.members(name)
-            taker = next((member for member in takers if member is not owner and member not in but), None)
-            if taker is not None:
-                found.append((name, taker))
-                takers.pop(owner, None)
-                del takers[taker]
-                quota[taker] = quota.get(taker, 1 if taker.offered else taker.room()) - 1
-                if quota[taker]:
-                    takers[taker] = None
-        return found
 
     def _offer_parked(self, now: float, rings: dict[Member, list[str]]) -> None:
         while self._turns.fresh:
@@ -355,9 +356,8 @@ class Scheduler:
         while self._grace_ends and self._grace_ends[0] <= now:
             self._grace_ends.popleft()
         due = [when for when, _ in self._put_off[:1]]
-        if self._offered and self._turns.takers:
-            # What is overdue and could not be taken over waits for an event.
-            due += list(self._grace_ends)[:1]
+        if self._offered and self._turns.takers and self._grace_ends:
+            due.append(self._grace_ends[0])  # What is overdue and could not be taken over waits for an event.
         return min(due, default=None)
 
     # What the disk says
@@ -411,9 +411,9 @@ class Scheduler:
         if self._touched is not None:
             self._touched.add(name)
 
-    def _hear(self, member: Member) -> None:
+    def _hear(self, member: Member, free: int = 1) -> None:
         member.silent = False
-        self._turns.changed[member] = None
+        self._turns.changed[member] = self._turns.changed.get(member, 0) + free
 
     def _wait(self, name: str) -> None:
         self._state[name] = _WAITING
@@ -427,4 +427,4 @@ class Scheduler:
         member, _ = self._offered.pop(name, (None, 0.0))
         if member is not None:
             del member.offered[name]
-            self._turns.changed[member] = None
+            self._turns.changed.setdefault(member, 0)

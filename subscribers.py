@@ -14,6 +14,7 @@ Rules:
 
 from __future__ import annotations
 
+import errno
 import functools
 import heapq
 import inspect
@@ -85,6 +86,7 @@ class Reports:
         self._mutex = threading.RLock()
         self._names: dict[str, dict[str, list[str]]] = {}
         self._due = False
+        self._sending = False
 
     def add(self, key: str, kind: str, name: str, *, at_once: bool) -> None:
         """Note what became of a task; tell the coordinator soon, or at once where it may have another for us."""
@@ -112,10 +114,23 @@ class Reports:
 
     def send(self) -> None:
         """Send what is noted."""
+        # Under the lock, or a "done" that another thread notes overtakes its "claimed".
         with self._mutex:
-            names, self._names = self._names, {}
-        for key, kinds in names.items():
-            self._post.ring({"type": "report", **self._whose(), "queue": key, **kinds})
+            if self._sending:
+                return  # Whoever a signal handler or finalizer has interrupted here goes on.
+            self._sending = True
+            try:
+                while self._names:
+                    names, self._names = self._names, {}
+                    for key, kinds in names.items():
+                        self._post.ring({"type": "report", **self._whose(), "queue": key, **kinds})
+            finally:
+                self._sending = False
+
+    def disown(self) -> None:
+        """Have nothing to send, in a forked child."""
+        self._mutex = threading.RLock()  # Another thread of the parent may have had it.
+        self._names.clear()
 
 
 class TaskSubscribers:
@@ -147,26 +162,33 @@ class TaskSubscribers:
         self._reports.expect()
 
     def _work(self, side: Side, name: str) -> None:
+        # Put by before it is asked whether there is room, as that may come in any thread meanwhile.
+        side.put_by.append(name)
+        self._work_put_by(side)
+
+    def _work_put_by(self, side: Side) -> None:
+        while side.put_by and (side.has_room() or not side.subscribers):
+            name = side.put_by.popleft()
+            side.rung.discard(name)
+            self._claim(side, name)
+
+    def _claim(self, side: Side, name: str) -> None:
         subscribers = list(side.subscribers.values())
-        if subscribers and side.claims is not None and not side.has_room():
-            side.put_by.append(name)
-            return
-        side.rung.discard(name)
         if not subscribers or side.claims is None:
             self._report(side, "rejected", name)
+            return
+        try:
+            task = side.claims.take(name)
+        except taskqueue.Unreadable as error:
+            self._tell_unreadable(name, error)
+            self._report(side, "done", name)
+        except OSError as error:
+            _LOGGER.error("Task %s could not be read and waits again: %s", name, error)
+            self._report(side, "rejected", name)
         else:
-            try:
-                task = side.claims.take(name)
-            except taskqueue.Unreadable as error:
-                self._tell_unreadable(name, error)
-                self._report(side, "done", name)
-            except OSError as error:
-                _LOGGER.error("Task %s could not be read and waits again: %s", name, error)
-                self._report(side, "rejected", name)
-            else:
-                self._report(side, "lost" if task is None else "claimed", name)
-                if task is not None:
-                    self._offer(side, task, iter(subscribers))
+            self._report(side, "lost" if task is None else "claimed", name)
+            if task is not None:
+                self._offer(side, task, iter(subscribers))
 
     def _offer(self, side: Side, task: taskqueue.Task, subscribers: Iterator[Subscriber]) -> None:
         for subscriber in subscribers:
@@ -245,10 +267,6 @@ class TaskSubscribers:
         if side.put_by:
             self.lane.put(functools.partial(self._work_put_by, side))
 
-    def _work_put_by(self, side: Side) -> None:
-        while side.put_by and side.has_room():
-            self._work(side, side.put_by.popleft())
-
     def _report(self, side: Side, kind: str, name: str) -> None:
         self._reports.add(side.key, kind, name, at_once=kind != "claimed" and self.lane.is_empty())
 
@@ -290,14 +308,20 @@ class TaskSubscribers:
                     yield task
 
     def take(self, side: Side, name: str) -> taskqueue.Task | None:
-        """Claim a task for somebody who pulls; `None` if it is gone, or is none.
+        """Claim a task for somebody who pulls; `None` if it is gone, is none, or cannot be had, which is said.
 
-        :raises OSError: it could not be read now, and waits again.
+        :raises OSError: there is no free descriptor.
         """
         try:
             task = side.claims.take(name) if side.claims is not None else None
         except taskqueue.Unreadable as error:
             self._tell_unreadable(name, error)
+            return None
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            # One bad task is not to keep whoever pulls from all the others.
+            _LOGGER.error("Task %s could not be read and waits again: %s", name, error)
             return None
         if task is not None:
             self._report(side, "claimed", name)
@@ -310,10 +334,17 @@ class TaskSubscribers:
         self._post.deliver(error.envelope.get("reply_to"), correlation_id, text, outlives=True)
 
     def look(self) -> None:
-        """Move what could not be moved when it was finished."""
+        """Move what could not be moved when it was finished, and take up again what was put by."""
         for side in list(self.sides.values()):
             if side.claims is not None:
                 side.claims.look()
+            self._go_on(side)
+
+    def close(self) -> None:
+        """Give back what is held."""
+        for side in list(self.sides.values()):
+            for name in side.claims.close() if side.claims is not None else ():
+                self._reports.add(side.key, "returned", name, at_once=False)
 
     def disown(self) -> None:
         """Hold nothing, in a forked child."""

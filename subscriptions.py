@@ -52,7 +52,8 @@ def _mending(step: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return step(self, *arguments)
         except FileNotFoundError:
-            self.remake()
+            directories.remake(self._layout)
+            self._poller.call(self.look)  # And soon what lay in them.
             return step(self, *arguments)
 
     return mended
@@ -130,7 +131,7 @@ class Subscriptions:
             if side is None:
                 queue = taskqueue.TaskQueue(self._layout.queue_directory(key), fsync=self._fsync)
                 queue.make(name)
-                side = self._tasks.sides[key] = Side(key, queue, prefetch)
+                side = self._tasks.sides.setdefault(key, Side(key, queue, prefetch))
             elif prefetch and prefetch != side.prefetch:
                 side.prefetch = prefetch
                 if side.subscribers:
@@ -143,7 +144,8 @@ class Subscriptions:
             self.ensure_open()
             life = self.live(None)
             if side.claims is None:
-                side.claims = taskqueue.Claims(side.queue, life.worker_id)
+                claims = taskqueue.Claims(side.queue, life.worker_id)
+                side.claims = claims if side.claims is None else side.claims
 
     def live(self, worker_id: str | None) -> Life:
         """Return our life as a worker; begin it where it has not begun, and register it."""
@@ -155,8 +157,11 @@ class Subscriptions:
     def _begun(self, worker_id: str | None = None) -> Life:
         """Return our life as a worker, for whoever registers what it adds to it."""
         if self._life is None:
-            self._life = Life(self._layout, self._poller, worker_id, self._post.ring_task)
-            self._has_lived = True
+            life = Life(self._layout, self._poller, worker_id, self._post.ring_task)
+            if self._life is not None:
+                life.end()  # A signal handler has begun another one meanwhile.
+                return self._life
+            self._life, self._has_lived = life, True
         return self._life
 
     @_mending
@@ -224,6 +229,7 @@ class Subscriptions:
         return life.pipes.open(f"{kind}_{life.worker_id}", self._handlers[kind])
 
     def _register(self, life: Life) -> None:
+        life.pipes.made_again = False
         self._entry(life).register(self._layout)
         self._post.ring({"type": "register", "worker": life.worker_id})
 
@@ -248,11 +254,6 @@ class Subscriptions:
             listens_since=self._listens_since if listens else 0.0,
         )
 
-    def remake(self) -> None:
-        """Make our directories again, and soon what lay in them."""
-        directories.remake(self._layout)
-        self._poller.call(self.look)
-
     def look(self) -> None:
         """Make again what is not in place; begin a new life where another has the id. In the selector thread.
 
@@ -269,8 +270,11 @@ class Subscriptions:
 
     def _complete(self, life: Life) -> None:
         for side in self._tasks.sides.values():
-            if side.claims is not None and side.claims.worker_id != life.worker_id:
-                side.claims = taskqueue.Claims(side.queue, life.worker_id)
+            if side.claims is not None:
+                if side.claims.worker_id != life.worker_id:
+                    side.claims = taskqueue.Claims(side.queue, life.worker_id)
+                with contextlib.suppress(OSError):
+                    side.claims.give_back_strays()
         for kind, has in (
             ("task", any(side.subscribers for side in self._tasks.sides.values())),
             ("rpc", self._messages.rpc),
@@ -283,7 +287,7 @@ class Subscriptions:
                 _LOGGER.error("The RPC identifier '%s' has been taken by another worker", identifier)
         if self._messages.broadcast:
             self._intake.hold()
-        if not life.is_registered(self._entry(life)):
+        if life.pipes.made_again or not life.is_registered(self._entry(life)):
             self._register(life)
 
     def listen_on(self) -> None:
@@ -309,16 +313,18 @@ class Subscriptions:
         """Give back what is held, and let nobody find us any more. In the selector thread."""
         with self._mutex:
             # Whoever was about to subscribe has done so now, and nobody can any more.
-            life, sides = self._life, list(self._tasks.sides.values())
-        if life is None:
-            return
-        life.leave()
-        self._post.ring({"type": "register", "worker": life.worker_id})
-        for side in sides:
-            for name in side.claims.close() if side.claims is not None else []:
-                self._post.ring_task(side.key, name)
+            life = self._life
+        if life is not None:
+            life.leave()
+            self._post.ring({"type": "register", "worker": life.worker_id})
+            self._tasks.close()
 
     def end(self) -> None:
         """Close the pipes, and let go of the id. In the selector thread."""
         if self._life is not None:
             self._life.end()
+
+    def disown(self) -> None:
+        """Be closed, in a forked child."""
+        self._mutex = threading.RLock()  # Another thread of the parent may have had it.
+        self.closed = True

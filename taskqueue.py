@@ -221,7 +221,7 @@ class TaskQueue:
             os.rename(here, there)
         except OSError:
             # Either it is gone, or the directory that it goes to.
-            if not os.path.lexists(here):
+            if not files.is_there(here):
                 return False
             files.make_directories(Path(there).parent)
             os.rename(here, there)
@@ -260,7 +260,7 @@ class TaskQueue:
         for state in ("failed", "completed"):
             for name in self.names(state):
                 new = split(name)[0]
-                if task_id in (name, new) and self.move(name, state, "", new):
+                if task_id in (name, new) and not self.is_waiting(new) and self.move(name, state, "", new):
                     files.remove(self._reason(name, state))
                     return new
         return None
@@ -270,8 +270,8 @@ class TaskQueue:
 
         Yields after each file whether it was removed.
         """
-        yield from files.sweep_drafts(self.directory)
-        yield from files.sweep_drafts(self.directory / "claimed")
+        for place in PLACES.values():
+            yield from files.sweep_drafts(self.directory / place)
         limit = f"{time.time_ns() - int(COMPLETED_KEPT_SECONDS * 1e9):020d}"
         count, old = 0, []
         for name in self.names("completed"):
@@ -335,7 +335,7 @@ class Claims:
         :raises OSError: it could not be read now, and it waits again.
         """
         with self._mutex:
-            if self._closed or name in self._held:
+            if self._closed or name in self._held or name in self._leaving:
                 return None
             self._leaving[name] = ""
             try:
@@ -393,6 +393,18 @@ class Claims:
         with self._mutex:
             for name, state in list(self._leaving.items()):
                 self._leave(name, state)
+
+    def give_back_strays(self) -> None:
+        """Let wait again what lies among our claims and nobody has: an earlier life under this id may have brought it.
+
+        For whoever knows that the id is still ours.
+
+        :raises OSError: the claims cannot be listed.
+        """
+        with self._mutex:
+            for name in list(self.queue.names(self._state)):
+                if name not in self._held and name not in self._leaving:
+                    self._leave(name, "")
 
     def disown(self) -> None:
         """Hold nothing, in a forked child: all of it is the parent's."""

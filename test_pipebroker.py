@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -651,6 +652,51 @@ def test_unsafe_pipes_directory_is_refused(broker: Broker) -> None:
         broker.communicator()
     assert "chmod 700" in broker.run("start", status=1)
     broker.pipes.chmod(0o700)
+
+
+def test_directories_are_for_their_owner_alone(broker: Broker) -> None:
+    before = os.umask(0)
+    try:
+        worker = broker.communicator()
+        worker.add_task_subscriber(lambda *_: None)
+        worker.task_queue("named").add_task_subscriber(lambda *_: None)
+    finally:
+        os.umask(before)
+    made = [path for path in (broker.config_path, *broker.config_path.rglob("*")) if path.is_dir()]
+    assert {broker.config_path / "pipes", broker.queue / "claimed" / worker.worker_id} < set(made)
+    assert [f"{path}: {mode:o}" for path in made if (mode := stat.S_IMODE(path.stat().st_mode)) != 0o700] == []
+
+
+def test_queue_of_another_profile_of_the_same_name_is_refused(broker: Broker) -> None:
+    broker.communicator(profile_uuid="first").close()
+    # None matches all, and changes nothing.
+    for profile_uuid in ("first", None, "first"):
+        broker.communicator(profile_uuid=profile_uuid).close()
+    with pytest.raises(directories.DirectoryRefused) as refused:
+        broker.communicator(profile_uuid="second")
+    assert f"another profile that was called '{broker.profile}'" in str(refused.value)
+    assert f"'mv {broker.queue} {broker.queue}.old', or delete it" in str(refused.value)
+
+
+def test_queue_takes_the_first_uuid_that_it_is_given(broker: Broker) -> None:
+    for profile_uuid in (None, "first", None):
+        broker.communicator(profile_uuid=profile_uuid).close()
+    with pytest.raises(directories.DirectoryRefused, match="another profile"):
+        broker.communicator(profile_uuid="second")
+    broker.communicator(profile_uuid="first").close()
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_queue_in_another_format_is_refused(broker: Broker, step: int) -> None:
+    broker.communicator().close()
+    said, number = json.loads((broker.queue / "format").read_text()), directories.FORMAT + step
+    (broker.queue / "format").write_text(json.dumps({**said, "format": number}))
+    with pytest.raises(directories.DirectoryRefused) as refused:
+        broker.communicator()
+    sentence = f"{broker.queue} has format {number}, and this version knows {directories.FORMAT}: use the version that "
+    assert sentence in str(refused.value)
+    broker.stack.callback(control.stop, broker.config_path)
+    assert sentence in broker.run("start", status=1)
 
 
 def test_quoted_names_never_become_paths() -> None:

@@ -34,6 +34,7 @@ MODULES = (
     "poller.py",
     "bodies.py",
     "fifo.py",
+    "pipes.py",
     "lane.py",
     "taskqueue.py",
     "burial.py",
@@ -154,7 +155,9 @@ class Target:
 
     def _drafts(self) -> set[Path]:
         """Return what a copying that was killed has left."""
-        return {path for path in self._present() if path.name.startswith(".") and not path.is_symlink()}
+        changed = [self.command, *self.lines, *([self.record] if self.record else [])]
+        beside = {draft for path in changed for draft in path.parent.glob(f".{path.name}.????????")}
+        return beside | {path for path in self._present() if path.name.startswith(".") and not path.is_symlink()}
 
     def _outlived(self) -> set[Path]:
         """Return the modules of an earlier edition that this one does not have."""
@@ -174,6 +177,8 @@ class Target:
         if self.record is None:
             return changed
         record = _read(self.record)
+        if not record.endswith(b"\n"):
+            raise Unexpected(f"{self.record} should end with a whole line")
         end = b"\r\n" if record.endswith(b"\r\n") else b"\n"
         lines = record.splitlines(keepends=True)
         for path, after in changed.items():
@@ -238,6 +243,11 @@ def write(contents: dict[Path, Content], say: Callable[[str], None]) -> None:
         say(f"wrote {path}")
 
 
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # Whoever reads this may have gone, and the work is to be done all the same.
+        print(line, flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     summary, _, details = (__doc__ or "").partition("\n\n")
@@ -253,19 +263,22 @@ def main(argv: list[str] | None = None) -> int:
         target = Target(arguments.path.resolve())
         if arguments.check:
             paths = outdated(target.with_broker())
-            print("\n".join(f"not up to date: {path}" for path in paths) or "up to date")
+            _say("\n".join(f"not up to date: {path}" for path in paths) or "up to date")
             return 1 if paths else 0
-        write(target.without_broker() if arguments.remove else target.with_broker(), print)
+        write(target.without_broker() if arguments.remove else target.with_broker(), _say)
         if arguments.remove:
             target.remove_leavings()
         elif target.record is None:
-            print("AiiDA finds the broker once this tree is installed (again): pip install -e .")
+            _say("AiiDA finds the broker once this tree is installed (again): pip install -e .")
     except Unexpected as error:
         print(f"vendor.py: {error}; nothing was changed", file=sys.stderr)
         return 2
     except (OSError, RuntimeError) as error:
         print(f"vendor.py: {error}; run it again when that is mended, to finish or to undo", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("vendor.py: interrupted; run it again, to finish or to undo", file=sys.stderr)
+        return 130
     return 0
 
 

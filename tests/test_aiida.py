@@ -129,6 +129,12 @@ answer([[node.pk, node.process_state.value, node.exit_status] for node in nodes]
     def coordinator_pid(self) -> int:
         return int(json.loads((self.config_path / "pipes" / "coordinator.json").read_text())["pid"])
 
+    def process_control(self) -> Any:
+        """Return the settings of the profile's broker, which is this one."""
+        said = json.loads((self.home / ".aiida" / "config.json").read_text())["profiles"][self.profile]
+        assert said["process_control"]["backend"] == ("core.namedpipe" if self.vendored else "namedpipe")
+        return said["process_control"]["config"]
+
     def repaired(self) -> bool:
         return "No inconsistencies" in self.verdi("process", "repair")
 
@@ -191,10 +197,13 @@ def test_commands(aiida: Aiida) -> None:
 
 
 def test_commands_without_autostart(aiida: Aiida) -> None:
-    config = aiida.home / ".aiida" / "config.json"
-    document = json.loads(config.read_text())
-    document["profiles"][aiida.profile]["process_control"]["config"] = {"autostart": False}
-    config.write_text(json.dumps(document))
+    assert aiida.process_control() == {"autostart": True}
+    # `verdi coordinator` has no such option.
+    module = "aiida.brokers.namedpipe.coordinator" if aiida.vendored else "aiida_namedpipe.coordinator"
+    options = ["--profile", aiida.profile, "--config-path", str(aiida.config_path)]
+    configure = [sys.executable, "-m", module, *options, "configure", "--no-autostart"]
+    subprocess.run(configure, env=aiida.env, check=True, timeout=60, cwd=aiida.home)
+    assert aiida.process_control() == {"autostart": False}
     status = aiida.verdi("status")
     assert "coordinator <not running>" in status and "tasks wait on the disk" in status
     assert "not running" in aiida.coordinator("status", status=3)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import kiwipy
 import pytest
 
 import control
@@ -123,3 +124,65 @@ def test_a_coordinator_that_died_is_started_by_whoever_sends(
         eventually(lambda: pipe_broker.probe_service_status()["pid"] not in (None, first), 10)
     assert autostart or threading.active_count() == threads
     assert pipe_broker.check_service_reachable() is autostart
+
+
+def test_a_coordinator_that_was_stopped_stays_stopped_until_somebody_asks(
+    made: Callable[..., Any], broker: Broker
+) -> None:
+    pipe_broker = made()
+    communicator = pipe_broker._connect()
+    broker.start()
+    control.stop(broker.config_path)
+    threads = threading.active_count()
+    communicator.task_send("waits", no_reply=True)
+    communicator.broadcast_send("waits")
+    # One that is started is started on a thread.
+    assert threading.active_count() == threads
+    assert not pipe_broker.check_service_reachable()
+    assert pipe_broker.get_communicator() is communicator
+    assert pipe_broker.check_service_reachable()
+
+
+@pytest.mark.parametrize("lacking", ["room", "communicator"])
+def test_a_broadcast_that_cannot_be_sent_is_a_timeout(
+    made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    communicator = made(autostart=False)._connect()
+    opened = os.open
+
+    def open_(path: Any, *arguments: Any, **options: Any) -> int:
+        if "kept_" in os.fspath(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        return opened(path, *arguments, **options)
+
+    if lacking == "room":
+        monkeypatch.setattr(os, "open", open_)
+    else:
+        communicator.close()
+    with pytest.raises(kiwipy.TimeoutError):
+        communicator.broadcast_send("body")
+
+
+def test_prefetch_is_the_slots_of_a_daemons_worker(
+    aiidabroker: ModuleType, made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {("daemon.worker_process_slots", broker.profile): 3}
+    config = SimpleNamespace(
+        dirpath=str(broker.config_path.parent.parent), get_option=lambda name, scope: options[name, scope]
+    )
+    monkeypatch.setattr(aiidabroker, "get_config", lambda: config)
+    made(autostart=False)._connect().add_task_subscriber(lambda _, body: body)
+    (worker,) = control.status(broker.config_path)["workers"]
+    assert worker["queues"] == {"default": 3}
+
+
+def test_one_communicator_until_it_is_closed(made: Callable[..., Any]) -> None:
+    pipe_broker = made(autostart=False)
+    communicator = pipe_broker.get_communicator()
+    assert pipe_broker.get_communicator() is communicator
+    for close in (communicator.close, pipe_broker.close):
+        close()
+        another = pipe_broker.get_communicator()
+        assert another is not communicator and not another.is_closed()
+        assert pipe_broker.get_communicator() is another
+        communicator = another

@@ -21,6 +21,7 @@ import control
 import directories
 import discovery
 import fifo
+import presence
 import taskqueue
 from harness import COORDINATOR, HERE, RECORDER, TIMEOUT, WORKER, Broker, eventually, is_gone
 from pipebroker import PipeCommunicator
@@ -230,6 +231,46 @@ def test_a_coordinator_is_not_stopped_in_the_name_of_another_profile(broker: Bro
     assert not is_gone(pid) and broker.status()["pid"] == pid
 
 
+# Is held up where it is about to let go of its lock.
+LEAVING = """
+import fcntl, coordinator
+flock = fcntl.flock
+lock = os.path.join(config_path, "coordinator", "coordinator.lock")
+def held_up(descriptor, how):
+    if how & fcntl.LOCK_UN and os.path.samestat(os.fstat(descriptor), os.stat(lock)):
+        fcntl.flock = flock
+        print("leaving")
+        sys.stdin.readline()
+    flock(descriptor, how)
+fcntl.flock = held_up
+coordinator.PipeCoordinator(profile, config_path).run(lambda: print("ready"))
+"""
+
+
+def test_stop_returns_when_the_coordinator_is_gone(broker: Broker) -> None:
+    leaving = broker.child(LEAVING)
+    with subprocess.Popen([*COORDINATOR, *of(broker), "stop"], stdout=subprocess.PIPE, text=True) as stopping:
+        try:
+            assert leaving.line() == "leaving"
+            with pytest.raises(subprocess.TimeoutExpired):
+                stopping.wait(0.5)
+            leaving.tell("go on")
+            assert f"pid {leaving.pid}" in stopping.communicate(timeout=SECONDS)[0]
+        finally:
+            stopping.kill()
+    broker.start()
+    control.stop(broker.config_path)
+    layout = directories.locate(broker.config_path)
+    assert layout is not None and presence.coordinator_pid(layout) is None
+
+
+def test_a_coordinator_that_is_stopped_takes_its_entry_along(broker: Broker) -> None:
+    broker.start()
+    assert (broker.config_path / "pipes" / "coordinator.json").exists()
+    control.stop(broker.config_path)
+    assert not (broker.config_path / "pipes" / "coordinator.json").exists()
+
+
 # Starting
 
 SIGNALLED = """
@@ -256,6 +297,22 @@ def test_start_says_that_a_signal_ended_the_coordinator(broker: Broker, tmp_path
     assert lock.with_name(f"{lock.name}.signalled").exists()
     assert said.returncode == 1 and "Traceback" not in said.stderr
     assert "status 0" not in said.stderr
+
+
+def test_a_coordinator_in_the_background_has_a_session_of_its_own(broker: Broker) -> None:
+    assert os.getsid(broker.start()) != os.getsid(0)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/cwd"), reason="needs /proc to tell where a process is")
+def test_a_coordinator_in_the_background_is_in_nobodys_way(broker: Broker) -> None:
+    assert os.readlink(f"/proc/{broker.start()}/cwd") == "/"
+
+
+def test_a_coordinator_finds_its_modules_where_scripts_do_not(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    pid = broker.start()
+    monkeypatch.undo()
+    assert broker.status()["pid"] == pid
 
 
 @contextlib.contextmanager
@@ -408,10 +465,13 @@ def test_a_reader_may_leave_early(broker: Broker, command: str, count: int) -> N
     with broker.communicator(fsync=False) as sender:
         for number in range(count):
             sender.task_send(number, no_reply=True)
+    # Where nothing is buffered, nothing is left for the end either.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    to_nobody = {"capture_output": False, "stderr": subprocess.PIPE, "env": buffered}
     read_end, write_end = os.pipe()
     os.close(read_end)
     try:
-        said = obey(*of(broker), *command.split(), capture_output=False, stdout=write_end, stderr=subprocess.PIPE)
+        said = obey(*of(broker), *command.split(), stdout=write_end, **to_nobody)
     finally:
         os.close(write_end)
     assert said.stderr == ""

@@ -124,7 +124,7 @@ def sweep(broker: Broker) -> None:
     assert layout is not None
     for draft in broker.pipes.glob(".*_*"):
         os.utime(draft, (0, 0))  # Nobody waits an hour here.
-    for directory in layout.queues().values():
+    for _, directory in layout.queues():
         for draft in (*directory.glob(".*"), *directory.glob("claimed/.*")):
             os.utime(draft, (0, 0))
         collections.deque(taskqueue.TaskQueue(directory).sweep(), maxlen=0)

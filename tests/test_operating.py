@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import shutil
 import subprocess
 import uuid
@@ -168,6 +169,27 @@ def test_a_frame_whose_queue_is_null_is_refused(served: Broker) -> None:
     # What comes after it has been read is proof that it has been read too.
     assert sender.task_send("body").result(TIMEOUT) == "body"
     assert served.log().count(" WARNING ") > warnings
+
+
+# What it is told
+
+
+@pytest.mark.parametrize(("name", "directory"), [("kiwipy.tasks", ""), ("named", "queues/named")])
+def test_a_task_that_is_requeued_is_done_at_once_and_its_deaths_are_forgotten(
+    broker: Broker, name: str, directory: str
+) -> None:
+    # A slow clock: what it does every ten seconds is not done here.
+    with serving(broker, 0.001):
+        done: queue.SimpleQueue[str] = queue.SimpleQueue()
+        broker.communicator().task_queue(name).add_task_subscriber(lambda _, body: done.put(body))
+        failed = broker.queue / directory / "failed" / "task_1.20.json"
+        failed.write_text('{"body": "body"}')
+        failed.with_suffix(".reason").write_text("20 workers died while they held it")
+        assert broker.run("requeue", "1") == ""
+        assert done.get(timeout=SECONDS) == "body"
+        (row,) = eventually(lambda: broker.tasks("completed"), SECONDS)
+        assert (row["id"], row["deaths"]) == ("1", 0)
+        assert not list(failed.parent.iterdir())
 
 
 # One bad item

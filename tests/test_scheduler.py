@@ -30,7 +30,7 @@ RULES = {
     "before anything new": "join a 1; add 5; -> a:5; join b 1; add 1; tick 0.06; -> b:5",
     "also to one that has offers of its own": (
         "join a; join b; add 1; add 2; -> a:1 b:2; tick 0.03; claimed b 2; add 3; add 4; add 5; -> a:3,5 b:4; "
-        "tick 0.03; -> b:1; tick 0.03; -> nothing; claimed b 4; -> b:3; claimed b 1; -> b:5"
+        "tick 0.03; -> nothing; done b 2; -> b:1; tick 0.03; -> nothing; done b 4; -> b:3; done b 1; -> b:5"
     ),
     "one that has claimed whatever it was offered takes over all": (
         "join a; add 1; add 2; add 3; -> a:1,2,3; join b 2; tick 0.06; -> b:1,2"
@@ -178,7 +178,7 @@ def test_busy_members_are_not_rung_for_all_that_others_have_not_begun() -> None:
     tested.dispatch(0.0)
     rung = 0
     for number, member in enumerate(members):
-        tested.claimed(member, next(iter(member.offered)))
+        tested.done(member, next(iter(member.offered)))
         rings, _ = tested.dispatch(10.0 + number)
         rung += sum(map(len, rings.values()))
     assert rung <= 2 * len(members)

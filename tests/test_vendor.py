@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import importlib.util
+import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +66,42 @@ def test_vendor_round_trip(tree: tuple[Path, Path]) -> None:
     assert not list(root.rglob("*namedpipe*"))
     assert vendor(path, "--remove") == 0
     assert checksums(root) == before
+
+
+def test_vendor_never_writes_in_place_and_keeps_modes(tree: tuple[Path, Path], tmp_path: Path) -> None:
+    root, path = tree
+    entry_points = next(iter([*root.glob("*.dist-info/entry_points.txt"), root / "pyproject.toml"]))
+    commands = next(root.rglob("cmd_verdi.py")).with_name("__init__.py")
+    changed = [commands, entry_points, *root.glob("*.dist-info/RECORD")]
+    for number, option in enumerate(([], ["--remove"])):
+        # As installers such as uv and conda link installed files to their cache.
+        linked = {file: tmp_path / f"{number}-{file.name}" for file in changed}
+        before = {file: file.read_bytes() for file in changed}
+        for file, link in linked.items():
+            file.chmod(0o640)
+            os.link(file, link)
+        assert vendor(path, *option) == 0
+        assert all(file.read_bytes() != before[file] for file in changed)
+        assert all(link.read_bytes() == before[file] for file, link in linked.items())
+        assert [oct(stat.S_IMODE(file.stat().st_mode)) for file in changed] == ["0o640"] * len(changed)
+
+
+@pytest.mark.parametrize("tree", ["installed"], indirect=True)
+def test_vendor_lists_what_it_writes_in_the_record(tree: tuple[Path, Path]) -> None:
+    root, path = tree
+    before = checksums(root)
+    assert vendor(path) == 0
+    (record,) = root.glob("*.dist-info/RECORD")
+    written = [name for name, digest in checksums(root).items() if before.get(name) != digest]
+    written.remove(str(record.relative_to(root)))
+    assert len(written) == len(MODULES) + 4
+    expected = []
+    for name in written:
+        content = (root / name).read_bytes()
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+        expected.append(f"{name},sha256={digest},{len(content)}")
+    listed = [line for line in record.read_text().splitlines() if line.split(",")[0] in written]
+    assert sorted(listed) == sorted(expected)
 
 
 @pytest.mark.parametrize("what", ["foreign file", "foreign command", "no anchor", "symlink", "other entry point"])

@@ -249,7 +249,7 @@ class Torture:
         """Remove one that holds nothing which cannot be made again."""
         layout = directories.locate(self.config_path)
         assert layout is not None
-        queues = [directory / state for directory in layout.queues().values() for state in ("completed", "failed")]
+        queues = [directory / state for _, directory in layout.queues() for state in ("completed", "failed")]
         shutil.rmtree(self.chance.choice([*queues, layout.registry]), ignore_errors=True)
 
     def _remove_pipe(self) -> None:

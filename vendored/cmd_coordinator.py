@@ -28,7 +28,7 @@ def run_coordinator_command(ctx: click.Context, *arguments: str) -> None:
 
 def warn_other_broker(profile) -> None:
     """Warn if the profile uses another broker, for which a coordinator is of no use."""
-    if profile.process_control_backend != 'core.namedpipe':
+    if profile.process_control_backend not in ('core.namedpipe', 'namedpipe'):
         echo.echo_warning(f'Profile `{profile.name}` uses another broker: `verdi coordinator configure` changes that.')
 
 
