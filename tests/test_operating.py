@@ -35,7 +35,7 @@ selectors.DefaultSelector.select = often
 """
 SERVE = """
 import runpy
-script = os.path.join(os.environ["PYTHONPATH"], "coordinator.py")
+script = os.path.join(os.environ["PYTHONPATH"].split(os.pathsep)[0], "coordinator.py")
 sys.argv = [script, "--profile", profile, "--config-path", config_path, "start", "--foreground"]
 runpy.run_path(script, run_name="__main__")
 """
