@@ -36,7 +36,7 @@ else:
     from . import directories, fifo, files, presence, taskqueue
 
 _STATES = tuple(taskqueue.PLACES)
-_PATIENCE_SECONDS = 8.0
+_PATIENCE_SECONDS = 12.0  # Longer than the ten seconds after which one whose intake was removed hears us again.
 
 Serve = Callable[[str, Path, int | None], None]
 """Serves in the foreground, as `coordinator.serve` does."""
@@ -91,7 +91,7 @@ def stop(config_path: str | os.PathLike[str]) -> int | None:
     """Stop the coordinator of a configuration, and wait until it is gone.
 
     :return: its pid; `None` if none was running.
-    :raises presence.CoordinatorError: it has not ended within 8 seconds.
+    :raises presence.CoordinatorError: it has not ended within 12 seconds.
     """
     layout = directories.locate(config_path)
     pid = presence.coordinator_pid(layout) if layout is not None else None

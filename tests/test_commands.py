@@ -27,7 +27,7 @@ from harness import COORDINATOR, HERE, RECORDER, TIMEOUT, WORKER, Broker, eventu
 from pipebroker import PipeCommunicator
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can run a command as another user")
-SECONDS = 10.0
+SECONDS = 20.0
 OTHER_USER = 12345
 
 
