@@ -160,7 +160,7 @@ def test_stop_gives_up_on_a_coordinator_that_does_not_run(broker: Broker) -> Non
     pid = broker.start()
     os.kill(pid, signal.SIGSTOP)
     try:
-        said = obey(*of(broker), "stop", timeout=12.0)
+        said = obey(*of(broker), "stop", timeout=SECONDS)
         assert str(pid) in said.stdout + said.stderr
         # Whether it insists or gives up, it says what came of it.
         assert (said.returncode == 0) == is_gone(pid)
