@@ -149,7 +149,7 @@ def remake(layout: Layout) -> None:
     :raises OSError: they cannot be made.
     :raises DirectoryRefused: another configuration has taken the pipes directory.
     """
-    layout.registry.mkdir(mode=0o700, parents=True, exist_ok=True)
+    files.make_directories(layout.registry)
     layout.pipes.mkdir(mode=0o700, exist_ok=True)
     with contextlib.suppress(FileExistsError):
         os.symlink(layout.config_path, layout.pipes / _OWNER)

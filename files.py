@@ -107,14 +107,18 @@ def sync_directory(directory: Path | str) -> None:
         os.close(descriptor)
 
 
-def make_directories(directory: Path) -> None:
-    """Make a directory for this user alone, and its parents; wait until the disk has those that are made."""
+def make_directories(directory: Path, *, durable: bool = True) -> None:
+    """Make a directory, and its parents, for this user alone (`os.makedirs` leaves parents open to others).
+
+    :param durable: wait until the disk has those that are made.
+    """
     if directory.is_dir():
         return
-    make_directories(directory.parent)
+    make_directories(directory.parent, durable=durable)
     with contextlib.suppress(FileExistsError):
         directory.mkdir(mode=0o700)
-    sync_directory(directory.parent)
+    if durable:
+        sync_directory(directory.parent)
 
 
 def listed(directory: Path | str, *, hidden: bool = False) -> Iterator[str]:

@@ -123,8 +123,8 @@ class WorkerLock(Lock):
 
     @classmethod
     def _make(cls, path: Path) -> Lock | None:
-        # Not with `files.make_directories`, as the disk need not have it: a loss of power ends this life too.
-        os.makedirs(path.parent, mode=0o700, exist_ok=True)
+        # The disk need not have it: a loss of power ends this life too.
+        files.make_directories(path.parent, durable=False)
         draft = path.parent.with_name(f".{path.parent.name}.{uuid.uuid4().hex}")
         with contextlib.suppress(FileExistsError, FileNotFoundError), _draft(path, draft, "") as lock:
             os.link(draft, path)

@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import stat
@@ -19,6 +20,7 @@ import termios
 import threading
 import uuid
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -654,17 +656,38 @@ def test_unsafe_pipes_directory_is_refused(broker: Broker) -> None:
     broker.pipes.chmod(0o700)
 
 
-def test_directories_are_for_their_owner_alone(broker: Broker) -> None:
-    before = os.umask(0)
-    try:
-        worker = broker.communicator()
-        worker.add_task_subscriber(lambda *_: None)
-        worker.task_queue("named").add_task_subscriber(lambda *_: None)
-    finally:
-        os.umask(before)
+def open_to_others(broker: Broker) -> list[str]:
     made = [path for path in (broker.config_path, *broker.config_path.rglob("*")) if path.is_dir()]
-    assert {broker.config_path / "pipes", broker.queue / "claimed" / worker.worker_id} < set(made)
-    assert [f"{path}: {mode:o}" for path in made if (mode := stat.S_IMODE(path.stat().st_mode)) != 0o700] == []
+    assert {broker.config_path / "pipes", *broker.queue.glob("claimed/*")} < set(made)
+    return [f"{path}: {mode:o}" for path in made if (mode := stat.S_IMODE(path.stat().st_mode)) != 0o700]
+
+
+@pytest.fixture
+def umask() -> Iterator[None]:
+    """No umask: what is made has the mode that was asked for."""
+    before = os.umask(0)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+def test_directories_are_for_their_owner_alone(broker: Broker) -> None:
+    worker = broker.communicator()
+    worker.add_task_subscriber(lambda *_: None)
+    worker.task_queue("named").add_task_subscriber(lambda *_: None)
+    assert open_to_others(broker) == []
+
+
+@pytest.mark.usefixtures("umask")
+@pytest.mark.parametrize("removed", ["pipes", "coordinator", "."])
+def test_directories_that_are_made_again_are_for_their_owner_alone(broker: Broker, removed: str) -> None:
+    worker = broker.communicator("worker")
+    worker.add_task_subscriber(lambda *_: None)
+    shutil.rmtree(broker.config_path / removed)
+    worker._engine.poller.call(worker._engine._look_once)
+    eventually(lambda: (broker.queue / "claimed" / "worker" / "lock").exists())
+    eventually(lambda: (broker.config_path / "pipes" / "worker_worker.json").exists())
+    assert open_to_others(broker) == []
 
 
 def test_queue_of_another_profile_of_the_same_name_is_refused(broker: Broker) -> None:
