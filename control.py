@@ -272,18 +272,23 @@ def main(arguments: list[str] | None, serve: Serve) -> int:
             with contextlib.suppress(OSError):
                 stream.reconfigure(errors="backslashreplace")  # A name may have what the terminal has not.
     try:
-        status, answer = _obey(_parser().parse_args(arguments), serve)
+        status, answer = _obey(_options(arguments), serve)
         _print(answer)
         return status
-    except SystemExit:
-        _print("")
-        raise
     except (RuntimeError, OSError, ValueError) as error:
         if sys.stderr is not None:  # As it is where somebody has closed it.
             print(f"coordinator.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    try:
+        return _parser().parse_args(arguments)
+    except SystemExit:
+        _print("")  # It may have printed its help.
+        raise
 
 
 def _print(answer: str) -> None:
@@ -299,7 +304,7 @@ def _print(answer: str) -> None:
         # Nor may Python complain of it when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            raise presence.CoordinatorError(f"done, but the answer cannot be printed: {error.strerror}") from error
+            raise presence.CoordinatorError(f"what it has to say cannot be printed: {error.strerror}") from error
 
 
 def _config_path(options: argparse.Namespace) -> Path:

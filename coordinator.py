@@ -36,8 +36,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or not __package__:
-    from pipes import Pipes
-
     import bodies
     import burial
     import directories
@@ -47,11 +45,12 @@ if TYPE_CHECKING or not __package__:
     import presence
     from peers import Peers, Queues
     from poller import Poller
+    from readers import Pipes
 else:
     from . import bodies, burial, directories, fifo, files, frames, presence
     from .peers import Peers, Queues
-    from .pipes import Pipes
     from .poller import Poller
+    from .readers import Pipes
 
 HOUSEKEEPING_SECONDS = 10.0
 _SLICE_SECONDS = 0.005

@@ -41,8 +41,6 @@ from typing import TYPE_CHECKING, Any
 import kiwipy
 
 if TYPE_CHECKING or not __package__:
-    from pipes import Pipes
-
     import bodies
     import burial
     import directories
@@ -55,15 +53,16 @@ if TYPE_CHECKING or not __package__:
     from lane import Lane
     from poller import Poller
     from post import Post
+    from readers import Pipes
     from subscribers import MessageSubscribers, Reports, Side, TaskSubscribers
     from subscriptions import Subscriptions
 else:
     from . import bodies, burial, directories, fifo, files, frames, presence, taskqueue
     from .calls import Calls, Reply
     from .lane import Lane
-    from .pipes import Pipes
     from .poller import Poller
     from .post import Post
+    from .readers import Pipes
     from .subscribers import MessageSubscribers, Reports, Side, TaskSubscribers
     from .subscriptions import Subscriptions
 

@@ -7,8 +7,9 @@ Rules:
 - A `Reader` keeps a writing end of its own FIFO open: otherwise its selector would report the end of the file for ever
   once the last writer went. A FIFO appears under its name only when its reader holds it open.
 - A `Writer` is watched for reading too: that is how poll(2) tells that the last reader has gone.
-- A signal handler or a finalizer may run inside any function of a `Writer` and send by the same one: who re-enters it
-  only appends, and whoever was interrupted sees to it.
+- A signal handler or a finalizer may run inside any function of a `Writer` and send by the same one. Who re-enters it
+  writes if nothing waits, so that a handler may wait for an answer; otherwise it only appends, and whoever was
+  interrupted sees to it.
 
 This module does not know what a message means.
 """
@@ -141,7 +142,7 @@ class Writer:
     """The writing end of a FIFO: the way to one life of its reader. `send` and `offer` are safe in any thread.
 
     `_lock` guards the outbox and the descriptor, and whoever holds it is `_busy`. Who finds itself busy was called by a
-    signal handler or a finalizer in the middle of something, and leaves its frame in `_reentered`.
+    signal handler or a finalizer in the middle of something, and leaves in `_reentered` what it cannot write at once.
     """
 
     def __init__(

@@ -77,7 +77,7 @@ class Lane:
     def join(self) -> None:
         """After `stop` or `finish`, wait for the thread's end, but not for user code that may take any time."""
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread() and not self._busy:
+        if thread is not None and thread.ident not in (None, threading.get_ident()) and not self._busy:
             thread.join(_PATIENCE_SECONDS)
 
     def _run(self) -> None:

@@ -24,19 +24,18 @@ from typing import TYPE_CHECKING
 import kiwipy
 
 if TYPE_CHECKING or not __package__:
-    from pipes import Pipes
-
     import burial
     import directories
     import files
     import presence
     from fifo import open_for_writing
     from poller import Poller, no_fork
+    from readers import Pipes
 else:
     from . import burial, directories, files, presence
     from .fifo import open_for_writing
-    from .pipes import Pipes
     from .poller import Poller, no_fork
+    from .readers import Pipes
 
 _LOGGER = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 5.0

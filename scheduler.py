@@ -173,7 +173,7 @@ class _Turns:
                 if left > 0:
                     found.append((name, taker))
                     self.takers.pop(owner, None)
-                    quota[taker] = self.takers[taker] = left - 1
+                    quota[taker], self.takers[taker] = left - 1, max(0, hands - 1)
                     break
         return found
 

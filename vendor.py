@@ -34,7 +34,7 @@ MODULES = (
     "poller.py",
     "bodies.py",
     "fifo.py",
-    "pipes.py",
+    "readers.py",
     "lane.py",
     "taskqueue.py",
     "burial.py",

@@ -70,6 +70,11 @@ def test_every_module_is_listed_once() -> None:
     assert sorted(MODULES) == sorted({path.name for path in HERE.glob("*.py")} - others)
 
 
+def test_no_module_has_the_name_of_one_of_the_standard_library() -> None:
+    # Beside a script, one of them would hide the other. `pipes` was one until Python 3.13.
+    assert {name.removesuffix(".py") for name in MODULES} & {*sys.stdlib_module_names, "pipes"} == set()
+
+
 def test_no_circle_of_imports() -> None:
     graph = {name: imported(at_import(tree(name))) for name in MODULES}
     assert any(graph.values())

@@ -35,6 +35,9 @@ RULES = {
     "one that has claimed whatever it was offered takes over all": (
         "join a; add 1; add 2; add 3; -> a:1,2,3; join b 2; tick 0.06; -> b:1,2"
     ),
+    "and after that no more than it has finished": (
+        "join a; add 1; -> a:1; join b; tick 0.06; -> b:1; join c 1; add 2; -> c:2; tick 0.06; -> nothing"
+    ),
     "who did not claim it gets nothing more": (
         "join a; add 1; -> a:1; join b; tick 0.06; -> b:1; add 2; add 3; -> b:2,3"
     ),
@@ -289,16 +292,19 @@ class World:
         going = [worker for worker in self.workers if not worker.stopped]
         return self.chance.choice(going) if going else None
 
+    def take_up(self, worker: Worker) -> None:
+        name = worker.inbox.pop(0)
+        if name in self.waiting:
+            self.waiting.discard(name)
+            worker.held.append(name)
+            worker.reports.append(("claimed", name))
+        else:
+            worker.reports.append(("lose", name))
+
     def work(self) -> None:
         worker = self.some()
         while worker and worker.inbox and worker.has_room() and self.chance.random() < 0.9:
-            name = worker.inbox.pop(0)
-            if name in self.waiting:
-                self.waiting.discard(name)
-                worker.held.append(name)
-                worker.reports.append(("claimed", name))
-            else:
-                worker.reports.append(("lose", name))
+            self.take_up(worker)
 
     def finish(self) -> None:
         worker = self.some()
@@ -407,13 +413,7 @@ class World:
             self.done.add(name)
             worker.reports.append(("done", name))
         while worker.inbox and worker.has_room():
-            name = worker.inbox.pop(0)
-            if name in self.waiting:
-                self.waiting.discard(name)
-                worker.held.append(name)
-                worker.reports.append(("claimed", name))
-            else:
-                worker.reports.append(("lose", name))
+            self.take_up(worker)
         while worker.reports:
             self.tell(worker, *worker.reports.pop(0))
 
