@@ -43,11 +43,12 @@ if TYPE_CHECKING or not __package__:
     import files
     import frames
     import presence
+    import strangers
     from peers import Peers, Queues
     from poller import Poller
     from readers import Pipes
 else:
-    from . import bodies, burial, directories, fifo, files, frames, presence
+    from . import bodies, burial, directories, fifo, files, frames, presence, strangers
     from .peers import Peers, Queues
     from .poller import Poller
     from .readers import Pipes
@@ -55,6 +56,7 @@ else:
 HOUSEKEEPING_SECONDS = 10.0
 _SLICE_SECONDS = 0.005
 _PATIENCE_SECONDS = 15.0
+_NAMED_AT_ONCE = 10
 
 _LOGGER = logging.getLogger("coordinator")
 
@@ -85,6 +87,8 @@ class PipeCoordinator:
         self._stopping = False
         self._since = time.time()
         self._written = ""
+        self._strangers: set[str] = set()
+        """What was there at the last look and is none of ours."""
 
     def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
         """Serve until `stop`.
@@ -235,6 +239,7 @@ class PipeCoordinator:
             self._peers.look,
             self._queues.look,
             self._sweep,
+            self._name_strangers,
             self._fan_out_kept,
             self._write_entry,
         )
@@ -259,6 +264,19 @@ class PipeCoordinator:
             if removed:
                 _LOGGER.info("Removed %s, which a dead process left", removed)
             yield
+
+    def _name_strangers(self) -> Iterator[None]:
+        found = set()
+        for path in strangers.strangers(self.layout):
+            if path:
+                found.add(path)
+            yield
+        new = sorted(found - self._strangers)
+        self._strangers = found
+        if new:
+            some = ", ".join(map(repr, new[:_NAMED_AT_ONCE]))
+            more = f" and {len(new) - _NAMED_AT_ONCE} more" if len(new) > _NAMED_AT_ONCE else ""
+            _LOGGER.warning("Passed over, as it is none of ours: %s%s", some, more)
 
 
 @contextlib.contextmanager

@@ -48,6 +48,7 @@ COMPLETED_KEPT = 10_000
 PLACES = {"waiting": "", "claimed": "claimed", "completed": "completed", "failed": "failed"}
 """The words for the states, everywhere, and the directory of each."""
 _FILE = re.compile(r"task_(([0-9A-Za-z_-]{1,80})(?:\.([0-9]{1,4}))?)\.json")
+_REASON = re.compile(_FILE.pattern.replace("json", "reason"))
 
 _clock = threading.RLock()
 _last_time = 0
@@ -67,6 +68,11 @@ def new_id() -> str:
     with _clock:
         _last_time = max(time.time_ns(), _last_time + 1)
         return f"{_last_time:020d}-{os.urandom(4).hex()}"
+
+
+def is_file(name: str) -> bool:
+    """Say whether a file of this name is a task, or the reason beside one."""
+    return _FILE.fullmatch(name) is not None or _REASON.fullmatch(name) is not None
 
 
 class Unreadable(ValueError):
@@ -272,36 +278,27 @@ class TaskQueue:
         """
         for place in PLACES.values():
             yield from files.sweep_drafts(self.directory / place)
-        limit = f"{time.time_ns() - int(COMPLETED_KEPT_SECONDS * 1e9):020d}"
-        count, old = 0, []
-        for name in self.names("completed"):
-            count += 1
-            # What was sent less than a day ago was not done longer ago: no need to ask for its time.
-            if name < limit and files.is_older(self.file(name, "completed"), COMPLETED_KEPT_SECONDS):
-                old.append(name)
-            yield False
-        for name in old:
-            yield self._remove_completed(name)
-        if count - len(old) > COMPLETED_KEPT:
-            kept: list[str] = []
-            for name in self.names("completed"):
-                kept.append(name)
-                yield False
-            heapq.heapify(kept)
-            for _ in range(len(kept) - COMPLETED_KEPT):
-                yield self._remove_completed(heapq.heappop(kept))
+        yield from self._sweep_completed()
         for state in ("completed", "failed"):
             for found in files.listed(f"{self._root}/{state}"):
-                if found.endswith(".reason"):
-                    yield self._sweep_reason(found, state)
+                yield _REASON.fullmatch(found) is not None and self._sweep_reason(f"{self._root}/{state}/{found}")
 
-    def _remove_completed(self, name: str) -> bool:
-        files.remove(self._reason(name, "completed"))
-        return files.remove(self.file(name, "completed"))
+    def _sweep_completed(self) -> Iterator[bool]:
+        # What was sent less than a day ago was not done longer ago: no need to ask for its time.
+        limit = f"{time.time_ns() - int(COMPLETED_KEPT_SECONDS * 1e9):020d}"
+        newest: list[str] = []
+        for name in self.names("completed"):
+            surplus: str | None = name
+            if name >= limit or not files.is_older(self.file(name, "completed"), COMPLETED_KEPT_SECONDS):
+                heapq.heappush(newest, name)
+                surplus = heapq.heappop(newest) if len(newest) > COMPLETED_KEPT else None
+            if surplus is not None:
+                files.remove(self._reason(surplus, "completed"))
+            yield surplus is not None and files.remove(self.file(surplus, "completed"))
 
-    def _sweep_reason(self, found: str, state: str) -> bool:
+    @staticmethod
+    def _sweep_reason(path: str) -> bool:
         # It comes before its task, so a young one may be about to get it.
-        path = os.path.join(self._root, state, found)
         task = f"{path.removesuffix('.reason')}.json"
         return not os.path.lexists(task) and files.is_older(path, 60.0) and files.remove(path)
 

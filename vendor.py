@@ -38,6 +38,7 @@ MODULES = (
     "lane.py",
     "taskqueue.py",
     "burial.py",
+    "strangers.py",
     "discovery.py",
     "scheduler.py",
     "peers.py",

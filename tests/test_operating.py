@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import re
 import shutil
 import subprocess
 import uuid
@@ -99,6 +100,36 @@ def test_a_stray_directory_among_the_queues_does_not_end_the_coordinator(broker:
     with serving(broker) as child:
         (broker.queue / "queues" / name).mkdir(parents=True)
         goes_on(broker, child)
+
+
+def test_what_is_no_part_of_the_broker_is_named_once_in_the_log(broker: Broker) -> None:
+    with serving(broker) as child:
+        other = broker.communicator(worker_id="other")
+        other.task_queue("named").add_task_subscriber(print)
+        other.add_rpc_subscriber(print, "identifier")
+        other.add_broadcast_subscriber(print)
+        registry, queues = broker.config_path / "pipes", broker.queue / "queues"
+        strange = [broker.pipes / "notes\n.txt", registry / "worker_b c.json", broker.queue / "task.json"]
+        strange += [broker.queue / "claimed" / "notes.txt", broker.queue / "completed" / "task_1.json.bak"]
+        strange += [broker.queue / "claimed" / "other" / "key", queues / "file"]
+        for path in strange:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("")
+        os.mkfifo(registry / "worker_fifo.json")
+        (broker.pipes / "rpc_x").mkdir()
+        (queues / "a b").mkdir()
+        strange += [registry / "worker_fifo.json", broker.pipes / "rpc_x", queues / "a b"]
+        eventually(lambda: all(repr(str(path)) in broker.log() for path in strange), SECONDS)
+        for number in range(1000):
+            (broker.pipes / f"stray{number}").write_text("")
+        # The next look may fall into the middle of this.
+        eventually(lambda: re.search(r"stray\d+' and \d+ more", broker.log()), SECONDS)
+        goes_on(broker, child)
+        said = broker.log()
+        assert [said.count(repr(str(path))) for path in strange] == [1] * len(strange)
+        assert said.count("stray") <= 20 and said.count("none of ours") <= 3 + len(strange)
+        for path in (*strange, *broker.pipes.glob("stray*")):
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def test_a_coordinator_starts_beside_a_stray_directory_among_the_queues(broker: Broker) -> None:

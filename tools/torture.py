@@ -318,6 +318,8 @@ class Torture:
         left = self._left(layout)
         descriptors = self._open_descriptors(control.status(self.config_path)["pid"])
         control.stop(self.config_path)
+        said = [path.read_text(errors="replace") for path in layout.queue.glob("coordinator.log*")]
+        strangers = [line for text in said for line in text.splitlines() if "none of ours" in line]
         lines = {name: evidence.take() for name, evidence in self._evidence.items()}
         runs: dict[str, list[str]] = {}
         for task, life in lines["done"]:
@@ -340,6 +342,7 @@ class Torture:
             ),
             "broadcasts heard twice": (heard_twice, not heard_twice),
             "files, pipes and routes left": (left[:5], not left),
+            "own files that were taken for a stranger's": (strangers[:1], not strangers),
             "descriptors that the coordinator has left open": (
                 max(0, descriptors - self._descriptors),
                 descriptors <= self._descriptors,

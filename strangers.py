@@ -1,0 +1,77 @@
+"""Finds what lies in the broker's directories and is none of its own, so that it can be said.
+
+Strategy: all other code looks for what it knows, by name and kind, and passes over the rest. That is safe, but whoever
+put a file there, or restored half a backup, would never hear of it. Here each directory has one rule for what may lie
+in it.
+
+Rules:
+- Nothing is opened: what kind a thing is, its directory says (readdir(3)), so a FIFO cannot block.
+- Names that begin with a dot are drafts, and swept. A task is known by its name alone: one that cannot be read is given
+  up on with a reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING or not __package__:
+    import directories
+    import taskqueue
+else:
+    from . import directories, taskqueue
+
+Entry: TypeAlias = "os.DirEntry[str]"
+
+_INTAKES = (directories.TASKS_INTAKE, directories.BROADCAST_INTAKE)
+_QUEUE = re.compile(r"claimed|completed|failed|name")
+_DEFAULT_QUEUE = re.compile(r"claimed|completed|failed|queues|format|coordinator\.lock|coordinator\.log(\.\d)?")
+
+
+def strangers(layout: directories.Layout) -> Iterator[str]:
+    """Look through the directories in steps: yields after each thing its path if it is a stranger, otherwise ''."""
+    yield from _look(layout.pipes, _is_pipe_or_message)
+    yield from _look(layout.registry, _is_entry)
+    yield from _look(layout.queue / "queues", lambda found: found.is_dir() and directories.is_quoted(found.name))
+    with contextlib.suppress(OSError):
+        for key, queue in layout.queues():
+            yield from _look(queue, _part_of(_QUEUE if key else _DEFAULT_QUEUE))
+            yield from _look(queue / "claimed", lambda found: found.is_dir() and directories.is_worker_id(found.name))
+            for state in ("completed", "failed"):
+                yield from _look(queue / state, _part_of(None))
+            for worker_id in filter(directories.is_worker_id, taskqueue.TaskQueue(queue).claims()):
+                yield from _look(queue / "claimed" / worker_id, _part_of(None if key else re.compile("lock")))
+
+
+def _look(directory: Path, is_ours: Callable[[Entry], bool]) -> Iterator[str]:
+    # Whoever needs a directory that cannot be read says so.
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for found in entries:
+            yield "" if found.name.startswith(".") or is_ours(found) else found.path
+
+
+def _is_pipe_or_message(found: Entry) -> bool:
+    if found.is_file(follow_symlinks=False):
+        return found.name.startswith("kept_") or directories.body_receiver(found.name) is not None
+    if found.is_symlink():
+        return found.name.startswith("route_")
+    pipe = found.name in _INTAKES or directories.pipe_owner(found.name) or directories.is_reply_pipe(found.name)
+    return bool(pipe) and not found.is_dir()
+
+
+def _is_entry(found: Entry) -> bool:
+    if found.is_symlink():
+        return found.name == "directory"
+    worker_id = found.name.removeprefix("worker_").removesuffix(".json")
+    known = found.name == "coordinator.json" or found.name == f"worker_{worker_id}.json"
+    return known and directories.is_worker_id(worker_id) and found.is_file()
+
+
+def _part_of(names: re.Pattern[str] | None) -> Callable[[Entry], bool]:
+    return lambda found: (
+        taskqueue.is_file(found.name) or (names is not None and names.fullmatch(found.name) is not None)
+    )
