@@ -93,7 +93,7 @@ def bury_owned(layout: directories.Layout, locks: dict[str, presence.Lock], buri
             buried.worker_ids.append(worker_id)
             if not keep:
                 with _logged(f"The lock of worker {worker_id} is left"):
-                    remove_claims(layout, worker_id, lock)
+                    _remove_claims(layout, queues, worker_id, lock)
 
 
 def remove_claims(layout: directories.Layout, worker_id: str, lock: presence.Lock) -> None:
@@ -102,7 +102,14 @@ def remove_claims(layout: directories.Layout, worker_id: str, lock: presence.Loc
     :raises OSError: one of them cannot be read.
     """
     queues, all_seen = _queues(layout)
-    if not all_seen or any(True for queue in queues.values() for _ in queue.names(f"claimed/{worker_id}")):
+    if all_seen:
+        _remove_claims(layout, queues, worker_id, lock)
+
+
+def _remove_claims(
+    layout: directories.Layout, queues: dict[str, taskqueue.TaskQueue], worker_id: str, lock: presence.Lock
+) -> None:
+    if any(True for queue in queues.values() for _ in queue.names(f"claimed/{worker_id}")):
         return
     if lock.is_in_place():
         files.remove(lock.path)
@@ -207,12 +214,13 @@ def everybody(layout: directories.Layout) -> set[str]:
 
 def _claimants(layout: directories.Layout, queue: taskqueue.TaskQueue) -> Iterator[str]:
     for worker_id in filter(directories.is_worker_id, queue.claims()):
-        claims = queue.names(f"claimed/{worker_id}")
-        if os.path.lexists(layout.lock(worker_id)) or any(True for _ in claims):
-            yield worker_id
-        else:
-            with contextlib.suppress(OSError):  # What a stranger has put there is none of ours.
-                os.rmdir(queue.directory / "claimed" / worker_id)
+        with _logged(f"It is not known what worker {worker_id} has claimed"):
+            has_claims = any(True for _ in queue.names(f"claimed/{worker_id}"))
+            if has_claims or os.path.lexists(layout.lock(worker_id)):
+                yield worker_id
+            else:
+                with contextlib.suppress(OSError):  # What a stranger has put there is none of ours.
+                    os.rmdir(queue.directory / "claimed" / worker_id)
 
 
 class Undertaker:
@@ -267,7 +275,8 @@ def _is_orphan(path: Path) -> bool:
         return not directories.is_read(pipe) and (os.path.lexists(pipe) or files.is_older(path, _ORPHAN_SECONDS))
     if directories.is_reply_pipe(path.name):
         return stat.S_ISFIFO(os.lstat(path).st_mode) and not directories.is_read(path)
-    return path.name.startswith("route_") and presence.route_target(path) is None
+    # One that leads to no pipe of ours is no one's, as nobody else may write here; what is no symlink is no route.
+    return path.name.startswith("route_") and path.is_symlink() and presence.route_target(path) is None
 
 
 def clean_up(layout: directories.Layout) -> int:

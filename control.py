@@ -100,12 +100,13 @@ def stop(config_path: str | os.PathLike[str]) -> int | None:
     if os.lstat(layout.queue / "coordinator.lock").st_uid != os.geteuid():
         raise presence.CoordinatorError(f"the coordinator (pid {pid or '?'}) is another user's: stop it as that user")
     intake = layout.pipes / directories.TASKS_INTAKE
-    deadline, told = time.monotonic() + _PATIENCE_SECONDS, False
+    begin, told = time.monotonic(), 0
     while presence.coordinator_pid(layout) == pid:
-        # Not a signal to a pid, which may be a stranger's by now: whoever reads this pipe is the coordinator. One that
-        # is just starting does not read yet.
-        told = told or fifo.knock(intake, {"type": "stop"})
-        if time.monotonic() > deadline:
+        # Not a signal to a pid, which may be a stranger's by now: whoever reads this pipe is the coordinator. Once a
+        # second, since one that is just starting does not read yet, and the one before it may.
+        if time.monotonic() - begin >= told:
+            told += fifo.knock(intake, {"type": "stop", "pid": pid})
+        if time.monotonic() - begin > _PATIENCE_SECONDS:
             said = f"the coordinator (pid {pid or '?'}) has not ended within {_PATIENCE_SECONDS:.0f} s."
             if pid:
                 said += (

@@ -26,7 +26,7 @@ import logging.handlers
 import os
 import random
 import resource
-import select
+import selectors
 import signal
 import stat
 import sys
@@ -117,11 +117,14 @@ class PipeCoordinator:
 
     def _start(self) -> None:
         self._wait_for_another()
+        if self._stopping:
+            raise presence.CoordinatorError("it was told to stop before it served")
         self._open_intakes()
         with _said("Not all who came are met, or not all who are dead buried"):
             for _ in self._peers.look():
                 pass
-        self._write_entry()
+        with _said("Who serves cannot be written down"):
+            self._write_entry()
         self._fan_out_kept()
         _LOGGER.info("Serving %s, pid %d, pipes in %s", self.profile_name, os.getpid(), self.layout.pipes)
 
@@ -129,15 +132,17 @@ class PipeCoordinator:
         """Wait until nobody reads our pipes: one that has lost its lock does so until it looks."""
         path = self.layout.pipes / directories.TASKS_INTAKE
         with contextlib.suppress(OSError):
+            gone = list[int]()
             descriptor = fifo.open_for_writing(path)
-            try:
-                fifo.knock(path, {"type": "look"})
-                poll = select.poll()
-                poll.register(descriptor, 0)  # POLLERR, which is always watched for: the last reader has gone.
-                gone = poll.poll(1000 * _PATIENCE_SECONDS)
-            finally:
-                os.close(descriptor)
-            if not gone:
+            self._poller.descriptors.add(descriptor)
+            # An event for reading: POLLERR, as the last reader has gone (poll(2)).
+            self._poller.watch(descriptor, selectors.EVENT_READ, gone.append)
+            fifo.knock(path, {"type": "look"})
+            deadline = time.monotonic() + _PATIENCE_SECONDS
+            while not gone and not self._stopping and (left := deadline - time.monotonic()) > 0:
+                self._poller.poll(left)
+            self._poller.release(descriptor)
+            if not gone and not self._stopping:
                 raise presence.CoordinatorError(f"another coordinator reads {path}, and does not answer: end it")
 
     def _open_intakes(self) -> None:
@@ -162,7 +167,7 @@ class PipeCoordinator:
     def _read_the_rest(self) -> None:
         for name in (directories.TASKS_INTAKE, directories.BROADCAST_INTAKE):
             self._intakes.drain(name)
-        self._peers.bury()
+        self._peers.suspects.bury()
 
     def _write_entry(self) -> None:
         entry = {"profile": self.profile_name, "pid": os.getpid(), "since": self._since}
@@ -192,8 +197,10 @@ class PipeCoordinator:
             self._fan_out_kept()
         elif kind == "look":
             self._look_at_self()
-        elif kind == "stop":
+        elif kind == "stop" and message["pid"] in (os.getpid(), 0):
             self._stop()
+        elif kind == "stop":
+            pass  # It was for another one, which has been killed since.
         else:
             raise frames.Garbage(f"it is no message for the coordinator: {kind!r:.40}")
 
@@ -249,6 +256,8 @@ class PipeCoordinator:
                 yield from chore() or (None,)
 
     def _look_at_self(self) -> None:
+        if self._stopping:
+            return
         try:
             if not self._lock.is_in_place():
                 raise directories.DirectoryRefused(f"{self._lock.path} is gone")

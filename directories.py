@@ -99,7 +99,8 @@ class Layout:
         """
         yield "", self.queue
         for key in files.listed(self.queue / "queues"):
-            if is_quoted(key) and (path := self.queue_directory(key)).is_dir():
+            # Not `Path.is_dir`, which raises where a symlink leads to what may not be asked for.
+            if is_quoted(key) and os.path.isdir(path := self.queue_directory(key)):
                 yield key, path
 
 

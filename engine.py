@@ -17,7 +17,7 @@ Frames that a communicator sends and receives, by pipe (``frames.py`` says what 
                             {"type": "register", "worker"}               read my registry entry
                             {"type": "kept"}                             there is a broadcast in a file
                             {"type": "look"}                             look after yourself now
-                            {"type": "stop"}                             end in an orderly way
+                            {"type": "stop", "pid"}                      end in an orderly way, if it is you
                             {"type": "report", "worker", "reply", "queue",
                              "claimed" | "done" | "lost" | "rejected" | "returned": [names]}
     coordinator_broadcast   {"body", "sender", "subject", "correlation_id"}, and the same to broadcast_{worker}
@@ -50,20 +50,22 @@ if TYPE_CHECKING or not __package__:
     import presence
     import taskqueue
     from calls import Calls, Reply
+    from holding import Holdings, Reports, Side
     from lane import Lane
-    from poller import Poller
+    from poller import Poller, say
     from post import Post
     from readers import Pipes
-    from subscribers import MessageSubscribers, Reports, Side, TaskSubscribers
+    from subscribers import MessageSubscribers, TaskSubscribers
     from subscriptions import Subscriptions
 else:
     from . import bodies, burial, directories, fifo, files, frames, presence, taskqueue
     from .calls import Calls, Reply
+    from .holding import Holdings, Reports, Side
     from .lane import Lane
-    from .poller import Poller
+    from .poller import Poller, say
     from .post import Post
     from .readers import Pipes
-    from .subscribers import MessageSubscribers, Reports, Side, TaskSubscribers
+    from .subscribers import MessageSubscribers, TaskSubscribers
     from .subscriptions import Subscriptions
 
 _LOGGER = logging.getLogger(__name__)
@@ -195,9 +197,8 @@ class Engine:
         self.calls = Calls(self._callbacks, self.codec.decode, prepare)
         self.post = Post(self.layout, self.poller, self.codec, self._on_death)
         self._reports = Reports(self.post, self.poller, self._whose)
-        self.tasks = TaskSubscribers(
-            self.post, self.codec, self._reports, Lane(f"pipebroker tasks {self._name}"), self._facade
-        )
+        self.holdings = Holdings(self.post, self._reports, Lane(f"pipebroker tasks {self._name}"))
+        self.tasks = TaskSubscribers(self.holdings, self._reports, self.post, self.codec, self._facade)
         self.messages = MessageSubscribers(
             self.post, self.codec, Lane(f"pipebroker messages {self._name}"), self._facade
         )
@@ -205,7 +206,7 @@ class Engine:
         handlers = {"task": receiver.rung, "rpc": receiver.called, "broadcast": receiver.heard}
         self._pipes = Pipes(self.layout.pipes, self.poller)
         self.subscriptions = Subscriptions(
-            self.layout, self.poller, self.post, self.tasks, self.messages, self.reply, handlers, fsync=fsync
+            self.layout, self.poller, self.post, self.holdings, self.messages, self.reply, handlers, fsync=fsync
         )
 
     def _whose(self) -> dict[str, str]:
@@ -247,16 +248,16 @@ class Engine:
         """Claim the oldest waiting task; `None` if none waits."""
         self.subscriptions.hold(side)
         bury = functools.partial(burial.bury_claimants, self.layout, side.queue)
-        task = self.tasks.pull(side, bury)
+        task = self.holdings.pull(side, bury)
         # What was dropped waits again as soon as the selector thread has seen to it.
-        return self.tasks.pull(side, bury) if task is None and self.poller.catch_up() else task
+        return self.holdings.pull(side, bury) if task is None and self.poller.catch_up() else task
 
     def pull_each(self, side: Side) -> Iterator[taskqueue.Task]:
         """Claim waiting tasks, oldest first, until there are none that have not been offered."""
         self.subscriptions.hold(side)
         self.poller.catch_up()
         burial.bury_claimants(self.layout, side.queue)
-        return self.tasks.pull_each(side, self.subscriptions.ensure_open)
+        return self.holdings.pull_each(side, self.subscriptions.ensure_open)
 
     # The selector thread
 
@@ -289,6 +290,7 @@ class Engine:
             functools.partial(directories.remake, self.layout),
             self._pipes.look,
             self.subscriptions.look,
+            self.holdings.look,
             self.tasks.look,
             self.post.ways.look,
             self._find_bodies,
@@ -337,6 +339,8 @@ class Engine:
         self.close_soon()
         if self._thread.ident is not None and threading.current_thread() is not self._thread:
             self._thread.join(_PATIENCE_SECONDS)
+            if self._thread.is_alive():
+                return  # Nobody has told the lanes to end.
             for lane in (self.tasks.lane, self.messages.lane, self.decoding, self._callbacks):
                 lane.join()
 
@@ -344,7 +348,7 @@ class Engine:
         """Be closed, in a forked child; the poller has closed its copies itself."""
         self.closed = self._done = self.calls.closed = True
         lanes = (self.tasks.lane, self.messages.lane, self.decoding, self._callbacks)
-        for part in (self.subscriptions, self.tasks, self._reports, self.post.ways, *lanes):
+        for part in (self.subscriptions, self.holdings, self._reports, self.post.ways, *lanes):
             part.disown()
 
     def _stop(self) -> None:
@@ -367,7 +371,7 @@ class Engine:
             try:
                 step()
             except Exception:
-                _LOGGER.exception("Closing %s went wrong", self._name)
+                say("Closing %s went wrong", self._name)
         self.tasks.lane.stop()
         self.messages.lane.stop()
         self._callbacks.finish()

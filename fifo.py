@@ -9,7 +9,7 @@ Rules:
 - A `Writer` is watched for reading too: that is how poll(2) tells that the last reader has gone.
 - A signal handler or a finalizer may run inside any function of a `Writer` and send by the same one. Who re-enters it
   writes if nothing waits, so that a handler may wait for an answer; otherwise it only appends, and whoever was
-  interrupted sees to it.
+  interrupted sees to it. Another thread that finds the lock held for long appends too.
 
 This module does not know what a message means.
 """
@@ -37,10 +37,10 @@ if TYPE_CHECKING or not __package__:
     import directories
     import files
     import frames
-    from poller import Poller, no_fork
+    from poller import HELD_UP_SECONDS, Poller, has_handlers, no_fork, patient
 else:
     from . import bodies, directories, files, frames
-    from .poller import Poller, no_fork
+    from .poller import HELD_UP_SECONDS, Poller, has_handlers, no_fork, patient
 
 _LOGGER = logging.getLogger(__name__)
 _READ_SIZE = 1 << 16
@@ -61,7 +61,7 @@ class Reader:
         self.path = path
         self._keep = keep
         self._frames = frames.Frames()
-        with contextlib.ExitStack() as undo, no_fork:
+        with contextlib.ExitStack() as undo, patient(no_fork):
             name = path
             if not (keep and path.is_fifo()):
                 name = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -141,8 +141,10 @@ class Reader:
 class Writer:
     """The writing end of a FIFO: the way to one life of its reader. `send` and `offer` are safe in any thread.
 
-    `_lock` guards the outbox and the descriptor, and whoever holds it is `_busy`. Who finds itself busy was called by a
+    `_lock` guards the outbox and the descriptor, and whoever writes is `_busy`. Who finds itself busy was called by a
     signal handler or a finalizer in the middle of something, and leaves in `_reentered` what it cannot write at once.
+    So does another thread that cannot have the lock, as a signal handler has interrupted whoever has it; where the
+    selector thread cannot, the `Writer` is `_untended` until whoever has it calls it again.
     """
 
     def __init__(
@@ -178,8 +180,9 @@ class Writer:
         self._poller = poller
         self._lock = threading.RLock()
         self._busy = False
+        self._untended = False
         self._closed = False
-        with no_fork:
+        with patient(no_fork):
             self._descriptor = open_for_writing(path)
             poller.descriptors.add(self._descriptor)
         poller.writers.add(self)
@@ -211,17 +214,28 @@ class Writer:
 
     def _send(self, data: bytes, *, waits: bool) -> bool:
         try:
-            with self._lock:
-                if self._busy:
-                    return self._write_within(data) or (waits and self._reenter(data))
-                self._busy = True
-                try:
-                    return self._write(data) or (waits and self._push(data))
-                finally:
-                    self._busy = False
+            if has_handlers():
+                with self._lock:
+                    return self._send_alone(data, waits)
+            if not self._lock.acquire(timeout=HELD_UP_SECONDS):
+                return waits and self._reenter(data)
+            try:
+                return self._send_alone(data, waits)
+            finally:
+                self._lock.release()
         finally:
-            if self.waiting or self._trash:
+            # Once the lock is free, or whoever could not have it meanwhile would not be called again.
+            if self.waiting or self._trash or self._untended:
                 self._poller.call(self._tend)
+
+    def _send_alone(self, data: bytes, waits: bool) -> bool:
+        if self._busy:
+            return self._write_within(data) or (waits and self._reenter(data))
+        self._busy = True
+        try:
+            return self._write(data) or (waits and self._push(data))
+        finally:
+            self._busy = False
 
     def _write_within(self, data: bytes) -> bool:
         """Write a frame in the middle of something else, so that a signal handler may wait for what becomes of it."""
@@ -307,27 +321,35 @@ class Writer:
 
     def _tend(self) -> None:
         """Write what waits, see to the events that are to be watched, and tell of a death. In the selector thread."""
-        left: list[bytes] = []
-        with self._lock:
-            if self._busy:
-                return  # Whoever is busy asks for this once more.
-            self._busy = True
-            try:
-                died = self.dead
-                if not self._closed and not died:
-                    died = not self._flush()
-                if died:
-                    first = not self._closed
-                    self._release()
-                    left = self._taken()
-                elif not self._closed:
-                    events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.waiting else 0)
-                    self._poller.watch(self._descriptor, events, self._ready)
-            finally:
-                self._busy = False
+        self._untended = True
+        if not self._lock.acquire(blocking=False):
+            return  # Whoever has it asks for this once more.
+        try:
+            self._untended = False
+            left = self._tend_alone()
+        finally:
+            self._lock.release()
         self._empty_trash()
-        if died and (first or left):
+        if left is not None:
             self._on_death(self, left)
+
+    def _tend_alone(self) -> list[bytes] | None:
+        """Return what nobody has read, once nobody reads; `None` if there is nothing to tell."""
+        if self._busy:
+            return None  # Whoever is busy asks for this once more.
+        self._busy = True
+        try:
+            if not self.dead and not self._closed and self._flush():
+                events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.waiting else 0)
+                self._poller.watch(self._descriptor, events, self._ready)
+            if not self.dead:
+                return None
+            first = not self._closed
+            self._release()
+            left = self._taken()
+            return left if first or left else None
+        finally:
+            self._busy = False
 
     def _flush(self) -> bool:
         """Say whether somebody still reads."""
@@ -373,8 +395,9 @@ def leave(text: str, receiver: Path) -> None:
     except OSError as error:
         if error.errno == errno.ENXIO:
             return
+    data = bodies.pack_body(text, receiver)
     with contextlib.suppress(OSError):
-        write_once(receiver, bodies.pack_body(text, receiver))
+        write_once(receiver, data)  # It finds the body when it looks after itself, rung or not.
 
 
 def knock(path: Path, message: frames.Message) -> bool:

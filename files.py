@@ -86,7 +86,11 @@ def replace_symlink(target: Path | str, link: Path) -> None:
     """Make a symlink, in one step even where there is one already."""
     draft = link.with_name(f".{link.name}.{uuid.uuid4().hex}")
     os.symlink(target, draft)
-    draft.rename(link)
+    try:
+        draft.rename(link)
+    except BaseException:
+        remove(draft)
+        raise
 
 
 def sync(descriptor: int) -> None:

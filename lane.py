@@ -6,12 +6,16 @@ whoever is about to need it, who can be told that the system has no room for one
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-_LOGGER = logging.getLogger(__name__)
+if TYPE_CHECKING or not __package__:
+    from poller import patient, say
+else:
+    from .poller import patient, say
+
 _PATIENCE_SECONDS = 5.0
 
 
@@ -33,6 +37,8 @@ class Lane:
 
         :raises RuntimeError: the system has no room for another thread.
         """
+        if self._thread is not None:
+            return
         with self._mutex:
             if self._thread is None and not self._ended and not self._stopped:
                 # Before it is started, as a signal handler may raise while we wait for it to be there.
@@ -46,7 +52,7 @@ class Lane:
 
     def put(self, job: Callable[[], object]) -> None:
         """Run a job after those that wait; at once where the lane has finished, and never where it was stopped."""
-        with self._mutex:
+        with patient(self._mutex):
             if not self._ended:
                 self._jobs.put(job)
                 return
@@ -93,11 +99,11 @@ class Lane:
                 self._try(job)
             del job  # It may hold the last reference to a communicator.
             self._busy = False
-            if self._ended:
+            if self._ended or self._stopped:  # Or the job has forked, and this is the child.
                 return
 
     def _try(self, job: Callable[[], object]) -> None:
         try:
             job()
         except BaseException:
-            _LOGGER.exception("Error in %s", self._name)
+            say("Error in %s", self._name)

@@ -29,12 +29,12 @@ if TYPE_CHECKING or not __package__:
     import files
     import presence
     from fifo import open_for_writing
-    from poller import Poller, no_fork
+    from poller import Poller, no_fork, patient
     from readers import Pipes
 else:
     from . import burial, directories, files, presence
     from .fifo import open_for_writing
-    from .poller import Poller, no_fork
+    from .poller import Poller, no_fork, patient
     from .readers import Pipes
 
 _LOGGER = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class Life:
         raise kiwipy.DuplicateSubscriberIdentifier(f"worker id '{self.worker_id}' is taken by a live worker")
 
     def _take(self) -> presence.Lock | None:
-        with no_fork:
+        with patient(no_fork):
             lock = presence.WorkerLock.take(self._layout, self.worker_id, make=True)
             if lock is not None:
                 self._poller.descriptors.add(lock.descriptor)
@@ -178,7 +178,7 @@ class Life:
         self._let_go()
 
     def _let_go(self) -> None:
-        with no_fork:
+        with patient(no_fork):
             self._poller.descriptors.discard(self._lock.descriptor)
             self._lock.release()
 
@@ -203,7 +203,7 @@ class Intake:
         """Open it, where somebody reads it and we do not have it open."""
         if self._descriptor is not None and files.is_in_place(self._path, self._descriptor):
             return
-        with no_fork, contextlib.suppress(OSError):
+        with patient(no_fork), contextlib.suppress(OSError):
             descriptor = open_for_writing(self._path)
             self._poller.descriptors.add(descriptor)
             old, self._descriptor = self._descriptor, descriptor

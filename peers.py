@@ -18,7 +18,7 @@ import errno
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,12 +31,14 @@ if TYPE_CHECKING or not __package__:
     import frames
     import presence
     import taskqueue
+    from members import Member
     from poller import Poller
-    from scheduler import Member, Scheduler
+    from scheduler import Scheduler
 else:
     from . import bodies, burial, directories, fifo, frames, presence, taskqueue
+    from .members import Member
     from .poller import Poller
-    from .scheduler import Member, Scheduler
+    from .scheduler import Scheduler
 
 _LOGGER = logging.getLogger("coordinator")
 _OUTBOX_FRAMES = 10_000
@@ -185,6 +187,52 @@ class Queues:
             yield
 
 
+class Suspects:
+    """Those who may be dead, until they are buried or it shows that they live. It lives in the coordinator's thread."""
+
+    def __init__(self, layout: directories.Layout, poller: Poller, queues: Queues, known: Collection[str]) -> None:
+        """
+        :param known: the ids of the workers that are known to live.
+        """
+        self._layout = layout
+        self._poller = poller
+        self._queues = queues
+        self._known = known
+        self._by_pause: dict[float, set[str]] = {}
+        """By how many seconds to wait before they are tried."""
+        self._undertaker = burial.Undertaker(layout)
+
+    def add(self, worker_id: str, pause: float = _COLLECT_SECONDS) -> None:
+        """Somebody may be dead."""
+        together = self._by_pause.setdefault(pause, set())
+        if not together:
+            self._poller.later(pause, functools.partial(self._try, pause))
+        together.add(worker_id)
+
+    def _try(self, pause: float) -> None:
+        suspects = self._by_pause.pop(pause, set())
+        self._take(burial.bury(self._layout, suspects))
+        for worker_id in suspects:
+            left = worker_id not in self._known and self._layout.lock(worker_id).exists()
+            if left and pause < _LONGEST_PAUSE_SECONDS:
+                self.add(worker_id, 2 * pause)
+
+    def bury(self) -> None:
+        """Bury those of them who are dead."""
+        for pause in list(self._by_pause):
+            self._try(pause)
+
+    def bury_all(self) -> None:
+        """Bury whoever is dead, whether or not anything tells of it."""
+        self._take(self._undertaker.round())
+
+    def _take(self, buried: burial.Buried) -> None:
+        for key, name in buried.tasks:
+            self._queues.add(key, name)
+        for worker_id in buried.worker_ids:
+            _LOGGER.info("Removed what worker %s left", worker_id)
+
+
 class Peers:
     """The workers that are known. It lives in the coordinator's thread."""
 
@@ -193,9 +241,7 @@ class Peers:
         self._poller = poller
         self._queues = queues
         self._peers: dict[str, Peer] = {}
-        self._suspects: dict[float, set[str]] = {}
-        """Who may be dead, by how long to wait before the next try."""
-        self._undertaker = burial.Undertaker(layout)
+        self.suspects = Suspects(layout, poller, queues, self._peers)
 
     def meet(self, worker_id: str) -> None:
         """Read a worker's entry, and come to know it, know it better, or forget it."""
@@ -224,7 +270,7 @@ class Peers:
             if error.errno not in (errno.ENXIO, errno.ENOENT):
                 _LOGGER.error("Worker %s cannot be reached: %s", worker_id, error)
             elif peer is None:
-                self._suspect(worker_id)
+                self.suspects.add(worker_id)
 
     def _writer(self, name: str, worker_id: str, **options: Any) -> fifo.Writer:
         on_death = functools.partial(self._on_death, worker_id)
@@ -242,7 +288,11 @@ class Peers:
         # What it was rung for by a way that is gone waits again.
         self._leave(peer, [key for key in peer.members if key not in queues or peer.task is not before])
         for key, prefetch in queues.items() if peer.task is not None else ():
-            self._join(peer, key, prefetch)
+            try:
+                self._join(peer, key, prefetch)
+            except OSError as error:
+                # One bad queue keeps nobody from the others.
+                _LOGGER.error("Worker %s cannot join queue '%s': %s", peer.worker.worker_id, key or "default", error)
 
     def _way(self, peer: Peer, kind: str, old: fifo.Writer | None, wanted: bool, **options: Any) -> fifo.Writer | None:
         """Return the way to a pipe of a worker's: the one there is or, where the pipe was made again, a new one.
@@ -269,6 +319,8 @@ class Peers:
 
     def _join(self, peer: Peer, key: str, prefetch: int) -> None:
         member = peer.members.get(key)
+        if member is not None and member.prefetch == prefetch:
+            return
         if member is None:
             worker_id = peer.worker.worker_id
             queue = taskqueue.TaskQueue(self._layout.queue_directory(key))
@@ -299,41 +351,10 @@ class Peers:
             _LOGGER.info("Worker %s (pid %d) left", peer.worker.worker_id, peer.worker.pid)
             self._forget(peer)
 
-    # Death
-
     def _died(self, peer: Peer) -> None:
         _LOGGER.warning("Worker %s (pid %d) died", peer.worker.worker_id, peer.worker.pid)
         self._forget(peer)
-        self._suspect(peer.worker.worker_id)
-
-    def _suspect(self, worker_id: str, pause: float = _COLLECT_SECONDS) -> None:
-        together = self._suspects.setdefault(pause, set())
-        if not together:
-            self._poller.later(pause, functools.partial(self._bury, pause))
-        together.add(worker_id)
-
-    def _bury(self, pause: float) -> None:
-        suspects = self._suspects.pop(pause, set())
-        self._take(burial.bury(self._layout, suspects))
-        for worker_id in suspects:
-            left = worker_id not in self._peers and self._layout.lock(worker_id).exists()
-            if left and pause < _LONGEST_PAUSE_SECONDS:
-                self._suspect(worker_id, 2 * pause)
-
-    def bury(self) -> None:
-        """Bury those of the suspects who are dead."""
-        for pause in list(self._suspects):
-            self._bury(pause)
-
-    def bury_all(self) -> None:
-        """Bury whoever is dead, whether or not anything tells of it."""
-        self._take(self._undertaker.round())
-
-    def _take(self, buried: burial.Buried) -> None:
-        for key, name in buried.tasks:
-            self._queues.add(key, name)
-        for worker_id in buried.worker_ids:
-            _LOGGER.info("Removed what worker %s left", worker_id)
+        self.suspects.add(peer.worker.worker_id)
 
     # What comes and goes
 
@@ -404,10 +425,10 @@ class Peers:
             yield
         for peer in list(self._peers.values()):
             if not self._layout.entry(peer.worker.worker_id).exists() and not peer.reply.is_in_place():
-                self._suspect(peer.worker.worker_id)
+                self.suspects.add(peer.worker.worker_id)
             self._say_drops(peer)
             yield
-        self.bury_all()
+        self.suspects.bury_all()
 
     def _lacks_a_way(self, peer: Peer) -> bool:
         return (

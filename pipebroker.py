@@ -28,12 +28,12 @@ if TYPE_CHECKING or not __package__:
     import taskqueue
     from calls import RemoteTraceback, failure
     from engine import Engine
-    from subscribers import Side
+    from holding import Side
 else:
     from . import directories, frames, taskqueue
     from .calls import RemoteTraceback, failure
     from .engine import Engine
-    from .subscribers import Side
+    from .holding import Side
 
 __all__ = ("DEFAULT_QUEUE", "PipeCommunicator", "PipeIncomingTask", "PipeTaskQueue", "RemoteTraceback")
 
@@ -369,7 +369,7 @@ class PipeIncomingTask:
 
     def _give_back(self) -> None:
         self._state = "requeued"
-        self._engine.tasks.give_back(self._side, self._task)
+        self._engine.holdings.give_back(self._side, self._task)
 
     def _finish(self, outcome: kiwipy.Future) -> None:
         if outcome.cancelled():
@@ -379,7 +379,7 @@ class PipeIncomingTask:
             return
         error = outcome.exception()
         answer = failure(error) if error is not None else {"result": outcome.result()}
-        self._engine.tasks.finish(self._side, self._task, answer)
+        self._engine.holdings.finish(self._side, self._task, answer)
         self._state = "finished"
 
 
@@ -389,7 +389,7 @@ def _drop(incoming: weakref.ReferenceType[PipeIncomingTask], engine: Engine, sid
     if known is not None and known._state == "processing":
         known._state = "requeued"
     # We are in a finalizer, which takes no lock.
-    engine.poller.call(functools.partial(engine.tasks.give_back, side, task))
+    engine.poller.call(functools.partial(engine.holdings.give_back, side, task))
 
 
 def __getattr__(name: str) -> Any:

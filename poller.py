@@ -10,6 +10,10 @@ Rules:
 - The locks are reentrant, taken by `with` and held for calls that do not block only, since a signal handler or a
   finalizer may run inside any function here and call any other. (``acquire`` and then ``try`` leaked the lock to a
   handler that raises 10,444 of 12,313 times, ``with`` 0 of 12,545.)
+- A signal handler may take any time, and may wait for another thread while the main thread, which it has interrupted,
+  holds a lock. So the other threads wait `HELD_UP_SECONDS` at most for a lock that is only ever held for a few system
+  calls; then they go on without it (`patient`), which does no harm as whoever has it stands still, or put off what they
+  were about to do.
 - A fork waits for the few lines in which a descriptor is open and not yet listed in `Poller.descriptors` (`no_fork`).
   The child closes its copies, whatever its parent was about to do, and nothing else.
 """
@@ -27,10 +31,12 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 _LOGGER = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 1.0
+HELD_UP_SECONDS = 0.05
+"""How long a thread waits for a lock that is held for a few system calls, before it takes its holder for held up."""
 
 
 class Outbox(Protocol):
@@ -57,9 +63,33 @@ def _abandon_copies() -> None:
 os.register_at_fork(before=no_fork.acquire, after_in_parent=no_fork.release, after_in_child=_abandon_copies)
 
 
-def _say(what: str) -> None:
-    with contextlib.suppress(Exception):  # A user's log handler may raise, and the selector thread goes on.
-        _LOGGER.exception(what)
+def say(what: str, *arguments: object) -> None:
+    """Log the exception that is being handled. A user's log handler may raise: no thread of ours ends by that."""
+    with contextlib.suppress(Exception):
+        _LOGGER.exception(what, *arguments)
+
+
+class _Patient:
+    def __init__(self, lock: Any) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        self._held = self._lock.acquire(timeout=HELD_UP_SECONDS)
+
+    def __exit__(self, *_: object) -> None:
+        if self._held:
+            self._lock.release()
+
+
+def patient(lock: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return what to hold, by `with`, in place of a reentrant lock whose holder a signal handler may hold up."""
+    # In the main thread the lock itself, as only its own `with` cannot be interrupted halfway.
+    return lock if has_handlers() else _Patient(lock)
+
+
+def has_handlers() -> bool:
+    """Say whether signal handlers run in this thread (signal(7): Python's run in the main thread)."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def guarded(items: Iterable[bytes], handle: Callable[[bytes], None]) -> None:
@@ -68,7 +98,7 @@ def guarded(items: Iterable[bytes], handle: Callable[[bytes], None]) -> None:
         try:
             handle(item)
         except Exception:
-            _say("A frame could not be handled")
+            say("A frame could not be handled")
 
 
 class Poller:
@@ -81,13 +111,12 @@ class Poller:
         self._requests: deque[Callable[[], object]] = deque()
         self._timers: list[tuple[float, int, Callable[[], object]]] = []
         self._numbers = itertools.count()
-        self._awake = False
         self._closed = False
         self._waking = threading.RLock()
         self._spare: int | None = None
         self._sparing = threading.RLock()
         self.writers: set[Outbox] = set()
-        with no_fork:
+        with patient(no_fork):
             self._selector = selectors.DefaultSelector()
             try:
                 self._wake_read, self._wake_write = os.pipe()
@@ -105,12 +134,11 @@ class Poller:
     def call(self, request: Callable[[], object]) -> None:
         """Have the selector thread call `request`. Safe in any thread, and in a signal handler or finalizer."""
         self._requests.append(request)
-        with self._waking:
-            if not self._awake and not self._closed:
-                # The byte first: a handler that raises in between leaves one too many, rather than one too few.
+        # A byte for each, since a note that one is on its way would have to be kept under the lock by whoever reads it.
+        with patient(self._waking):
+            if not self._closed:
                 with contextlib.suppress(BlockingIOError):
                     os.write(self._wake_write, b"\0")
-                self._awake = True
 
     def catch_up(self) -> bool:
         """Wait until what was asked for has been done; say whether it was. In any thread but the selector's."""
@@ -134,7 +162,7 @@ class Poller:
             try:
                 key.data(mask)
             except Exception:
-                _say("An event could not be handled")
+                say("An event could not be handled")
         # What is due now, but nothing that is only asked for meanwhile.
         now, due = time.monotonic(), []
         while self._timers and self._timers[0][0] <= now:
@@ -146,7 +174,7 @@ class Poller:
         try:
             call()
         except Exception:
-            _say("An event could not be handled")
+            say("An event could not be handled")
 
     def watch(self, descriptor: int, events: int, handler: Callable[[int], None]) -> None:
         """Call `handler` with the events that become ready; 0 events: no longer."""
@@ -161,7 +189,7 @@ class Poller:
     def release(self, descriptor: int) -> None:
         """Close a descriptor."""
         self.watch(descriptor, 0, lambda _: None)
-        with no_fork:
+        with patient(no_fork):
             self.descriptors.discard(descriptor)
             os.close(descriptor)
 
@@ -169,7 +197,7 @@ class Poller:
     def spare_descriptor(self) -> Iterator[None]:
         """Give back, for the length of a context, the descriptor that is kept for when there is no other."""
         with self._sparing:
-            with no_fork:
+            with patient(no_fork):
                 if self._spare is not None:
                     self.descriptors.discard(self._spare)
                     os.close(self._spare)
@@ -180,7 +208,7 @@ class Poller:
                 self._fill_spare()
 
     def _fill_spare(self) -> None:
-        with no_fork, contextlib.suppress(OSError):
+        with patient(no_fork), contextlib.suppress(OSError):
             if self._spare is None and not self._closed:
                 self._spare = os.dup(self._wake_read)
                 self.descriptors.add(self._spare)
@@ -202,7 +230,7 @@ class Poller:
         """Close all descriptors, and touch nothing that is shared with the process that we were forked from."""
         self._closed = True
         self._waking = threading.RLock()  # Another thread of the parent may have had it.
-        with no_fork:
+        with patient(no_fork):
             # The selector's kernel object is shared with the parent. Unlike unregistering, closing leaves it alone.
             self._selector.close()
             while self.descriptors:
@@ -213,9 +241,7 @@ class Poller:
         self.writers.clear()
 
     def _woken(self, _: int) -> None:
-        with self._waking:
-            with contextlib.suppress(BlockingIOError):
-                os.read(self._wake_read, 4096)
-            self._awake = False
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._wake_read, 4096)
         while self._requests:
             self._try(self._requests.popleft())

@@ -36,11 +36,11 @@ if TYPE_CHECKING or not __package__:
     import frames
     import presence
     from calls import Calls, Reply, failure
-    from poller import Poller
+    from poller import Poller, patient
 else:
     from . import bodies, directories, fifo, files, frames, presence
     from .calls import Calls, Reply, failure
-    from .poller import Poller
+    from .poller import Poller, patient
 
 _LOGGER = logging.getLogger(__name__)
 KEPT_SECONDS = 60.0
@@ -135,7 +135,7 @@ class Ways:
         writer = self._writers.get(name)
         if writer is not None and not writer.dead:
             return writer
-        with self._mutex:
+        with patient(self._mutex):
             writer = self._writers.get(name)
             if self._closed:
                 return None
@@ -149,13 +149,13 @@ class Ways:
                     raise
                 known = self._writers.get(name)
                 if known is not None and not known.dead:
-                    self._poller.call(writer.close)  # A signal handler has opened one meanwhile.
+                    self._poller.call(writer.close)  # A signal handler, or whom it held up, has opened one meanwhile.
                     return known
                 self._writers[name] = writer
             return writer
 
     def _died(self, writer: fifo.Writer, left: list[bytes]) -> None:
-        with self._mutex:
+        with patient(self._mutex):
             if self._writers.get(writer.path.name) is writer:
                 del self._writers[writer.path.name]
         self._give_up(writer, left)
@@ -163,7 +163,7 @@ class Ways:
 
     def look(self) -> None:
         """Say what was dropped. In the selector thread, now and then."""
-        with self._mutex:
+        with patient(self._mutex):
             writers = list(self._writers.values())
         for writer in writers:
             if writer.dropped:
@@ -173,7 +173,7 @@ class Ways:
     def close(self) -> None:
         """Close all ways; give up what they have not taken, and say what is dropped. In the selector thread."""
         self.look()
-        with self._mutex:
+        with patient(self._mutex):
             self._closed = True
             writers, self._writers = list(self._writers.values()), {}
         for writer in writers:

@@ -66,7 +66,7 @@ def _open_lock(path: Path) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return descriptor
-    except OSError as error:
+    except BaseException as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
             return None
@@ -85,10 +85,14 @@ def _draft(path: Path, draft: Path, text: str) -> Iterator[Lock]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         files.write_all(descriptor, text.encode())
         yield lock
-    finally:
-        files.remove(draft)
+    except BaseException:
+        lock.release()  # In place or not: nobody gets it.
+        raise
+    else:
         if not lock.is_in_place():
             lock.release()
+    finally:
+        files.remove(draft)
 
 
 class WorkerLock(Lock):

@@ -28,169 +28,32 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-WINDOW = 64
-GRACE_SECONDS = 0.05
+if TYPE_CHECKING or not __package__:
+    from members import GRACE_SECONDS, WINDOW, Member, Offered, Overdue, Parked, Refusals, Turns
+else:
+    from .members import GRACE_SECONDS, WINDOW, Member, Offered, Overdue, Parked, Refusals, Turns
+
 FORGOTTEN_SECONDS = 10.0
-FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 60.0
 
 _WAITING, _OFFERED, _PARKED, _PUT_OFF = range(4)
-
-
-@dataclass(eq=False)
-class Member:
-    """One life of a worker in one queue. Only the scheduler changes what is below the prefetch."""
-
-    name: str
-    """For the log."""
-    prefetch: int = 0
-    """How many tasks it holds at once; 0: no limit."""
-    offered: dict[str, None] = field(default_factory=dict)
-    """What it was rung for and has not claimed, as far as is known."""
-    held: set[str] = field(default_factory=set)
-    """What it has claimed."""
-    refused: set[str] = field(default_factory=set)
-    silent: bool = False
-    """Whether an offer was taken from it, and it has not been heard from since."""
-
-    def room(self) -> int:
-        """Return how many more tasks it may be offered; 0 or less: none."""
-        room = 0 if self.silent else WINDOW - len(self.offered)
-        return min(room, self.prefetch - len(self.offered) - len(self.held)) if self.prefetch else room
-
-
-@dataclass
-class _Refusal:
-    members: set[Member] = field(default_factory=set)
-    pause: float = FIRST_PAUSE_SECONDS
-    until: float | None = None
-    """When the task is offered to anyone again, where everybody has refused it."""
-
-
-class _Refusals:
-    """Who has refused which task, kept from both sides."""
-
-    def __init__(self) -> None:
-        self._by_name: dict[str, _Refusal] = {}
-
-    def names(self) -> list[str]:
-        """Return what somebody has refused, and what everybody has who has gone since."""
-        return list(self._by_name)
-
-    def add(self, member: Member, name: str) -> None:
-        """A member refuses a task."""
-        self._by_name.setdefault(name, _Refusal()).members.add(member)
-        member.refused.add(name)
-
-    def members(self, name: str) -> set[Member]:
-        """Return who has refused a task."""
-        refusal = self._by_name.get(name)
-        return refusal.members if refusal is not None else set()
-
-    def forgive(self, name: str) -> None:
-        """Let anyone be offered a task again; the next pause is longer all the same."""
-        for member in self.members(name):
-            member.refused.discard(name)
-        self.members(name).clear()
-
-    def forget(self, name: str) -> None:
-        """Forget a task."""
-        self.forgive(name)
-        self._by_name.pop(name, None)
-
-    def forget_member(self, member: Member) -> None:
-        """Forget what a member has refused."""
-        for name in member.refused:
-            self._by_name[name].members.discard(member)
-        member.refused.clear()
-
-    def put_off(self, name: str, now: float) -> float:
-        """Return until when a task that everybody has refused is offered to nobody."""
-        refusal = self._by_name[name]
-        if refusal.until is None or refusal.until <= now:
-            refusal.until = now + refusal.pause
-            refusal.pause = min(2 * refusal.pause, LONGEST_PAUSE_SECONDS)
-        return refusal.until
-
-
-class _Turns:
-    """The members that have capacity, each in turn: those with nothing in hand first."""
-
-    def __init__(self) -> None:
-        self.members: set[Member] = set()
-        """All, with capacity or without."""
-        self._idle: dict[Member, None] = {}
-        self._ready: dict[Member, None] = {}
-        self.fresh: dict[Member, None] = {}
-        """Those that have got capacity since somebody emptied this; all others have refused what is parked."""
-        self.takers: dict[Member, int] = {}
-        """Those with capacity that were heard from, and how many offers of others' each may take over."""
-        self.changed: dict[Member, int] = {}
-        """Those whose capacity may have changed since they were placed, and how many hands they have got free."""
-
-    def __bool__(self) -> bool:
-        return bool(self._idle or self._ready)
-
-    def place_changed(self) -> None:
-        """Put the members to whom something has happened where they belong, once for all that has."""
-        changed, self.changed = self.changed, {}
-        for member, free in changed.items():
-            self.takers[member] = min(WINDOW, self.takers.get(member, 0) + free)
-            self.place(member)
-
-    def place(self, member: Member) -> None:
-        """Put a member at the end of its line, or into none."""
-        had = self._idle.pop(member, self) is None or self._ready.pop(member, self) is None
-        if member in self.members and member.room() > 0:
-            (self._ready if member.offered or member.held else self._idle)[member] = None
-            if not had:
-                self.fresh[member] = None
-        else:
-            self.fresh.pop(member, None)
-            self.takers.pop(member, None)
-
-    def next(self, but: set[Member]) -> Member | None:
-        """Return whose turn it is, passing over at most as many as `but` holds."""
-        for members in (self._idle, self._ready):
-            for member in members:
-                if member not in but:
-                    return member
-        return None
-
-    def takeovers(
-        self, offered: dict[str, tuple[Member, float]], refusals: _Refusals, now: float
-    ) -> list[tuple[str, Member]]:
-        """Return what is overdue and can be taken over, with whoever does."""
-        found, quota = [], dict[Member, int]()
-        for name, (owner, since) in offered.items():
-            if since + GRACE_SECONDS > now or not self.takers:
-                break
-            but = {owner, *refusals.members(name)}
-            while (taker := next((member for member in self.takers if member not in but), None)) is not None:
-                hands = self.takers.pop(taker)
-                left = quota.get(taker, min(taker.room(), hands) if taker.offered else taker.room())
-                if left > 0:
-                    found.append((name, taker))
-                    self.takers.pop(owner, None)
-                    quota[taker], self.takers[taker] = left - 1, max(0, hands - 1)
-                    break
-        return found
 
 
 class Scheduler:
     """Shares the waiting tasks of one queue out among its members. It lives in one thread, its caller's."""
 
     def __init__(self) -> None:
-        self._turns = _Turns()
+        self._turns = Turns()
         self.members = self._turns.members
         self._state: dict[str, int] = {}
         self._waiting: list[str] = []
-        self._offered: dict[str, tuple[Member, float]] = {}
-        self._parked: dict[frozenset[Member], list[str]] = {}
+        self._offered: Offered = {}
+        self._overdue = Overdue()
+        self._parked = Parked()
         self._put_off: list[tuple[float, str]] = []
         self._grace_ends: deque[float] = deque()
-        self._refusals = _Refusals()
+        self._refusals = Refusals()
         self._regroup = False
         """Whether members came or went, so that what is parked or put off is to be judged again."""
         self._touched: set[str] | None = None
@@ -293,9 +156,9 @@ class Scheduler:
 
     def _judge_again(self) -> None:
         self._regroup = False
-        names = [name for heap in self._parked.values() for name in heap if self._state.get(name) == _PARKED]
+        self._overdue.regroup()
+        names = [name for name in self._parked.clear() if self._state.get(name) == _PARKED]
         names += [name for _, name in self._put_off if self._state.get(name) == _PUT_OFF]
-        self._parked.clear()
         self._put_off.clear()
         for name in names:
             self._wait(name)
@@ -308,7 +171,8 @@ class Scheduler:
                 self._wait(name)
 
     def _take_over(self, now: float, rings: dict[Member, list[str]]) -> None:
-        for name, taker in self._turns.takeovers(self._offered, self._refusals, now):
+        self._overdue.collect(now, self._offered, self._refusals)
+        for name, taker in self._turns.takeovers(self._offered, self._overdue):
             owner, _ = self._offered[name]
             self._forget(name)
             owner.silent = True
@@ -318,36 +182,29 @@ class Scheduler:
     def _offer_parked(self, now: float, rings: dict[Member, list[str]]) -> None:
         while self._turns.fresh:
             member = next(iter(self._turns.fresh))
-            while member.room() > 0 and (name := self._unrefused(member)) is not None:
+            while member.room() > 0 and (name := self._parked.take(member, self._is_parked)) is not None:
                 self._offer(member, name, now, rings)
             self._turns.fresh.pop(member, None)
 
-    def _unrefused(self, member: Member) -> str | None:
-        """Take out the oldest parked name that a member has not refused."""
-        oldest: list[str] | None = None
-        for refusers, heap in list(self._parked.items()):
-            if member not in refusers:
-                while heap and self._state.get(heap[0]) != _PARKED:
-                    heapq.heappop(heap)
-                if not heap:
-                    del self._parked[refusers]
-                elif oldest is None or heap[0] < oldest[0]:
-                    oldest = heap
-        return heapq.heappop(oldest) if oldest else None
+    def _is_parked(self, name: str) -> bool:
+        return self._state.get(name) == _PARKED
 
     def _offer(self, member: Member, name: str, now: float, rings: dict[Member, list[str]]) -> None:
         self._state[name] = _OFFERED
         self._offered[name] = (member, now)
+        self._overdue.expect(name, now)
         member.offered[name] = None
         rings.setdefault(member, []).append(name)
         self._turns.place(member)
 
     def _park(self, name: str, now: float) -> None:
         """Keep a name for those who have not refused it and have no capacity now; put it off if there are none."""
-        refusers = frozenset(self._refusals.members(name))
+        refusers = self._refusals.members(name)
         if len(refusers) < len(self.members):
             self._state[name] = _PARKED
-            heapq.heappush(self._parked.setdefault(refusers, []), name)
+            self._parked.put(name, frozenset(refusers))
+            # Mostly names that somebody has pulled while no member had room.
+            self._regroup = self._regroup or self._parked.count > 2 * len(self._state) + WINDOW
         else:
             self._state[name] = _PUT_OFF
             heapq.heappush(self._put_off, (self._refusals.put_off(name, now), name))

@@ -39,19 +39,31 @@ def strangers(layout: directories.Layout) -> Iterator[str]:
     yield from _look(layout.queue / "queues", lambda found: found.is_dir() and directories.is_quoted(found.name))
     with contextlib.suppress(OSError):
         for key, queue in layout.queues():
-            yield from _look(queue, _part_of(_QUEUE if key else _DEFAULT_QUEUE))
-            yield from _look(queue / "claimed", lambda found: found.is_dir() and directories.is_worker_id(found.name))
-            for state in ("completed", "failed"):
-                yield from _look(queue / state, _part_of(None))
-            for worker_id in filter(directories.is_worker_id, taskqueue.TaskQueue(queue).claims()):
-                yield from _look(queue / "claimed" / worker_id, _part_of(None if key else re.compile("lock")))
+            yield from _look_through_queue(queue, is_default=not key)
+
+
+def _look_through_queue(queue: Path, *, is_default: bool) -> Iterator[str]:
+    yield from _look(queue, _part_of(_DEFAULT_QUEUE if is_default else _QUEUE))
+    yield from _look(queue / "claimed", lambda found: found.is_dir() and directories.is_worker_id(found.name))
+    for state in ("completed", "failed"):
+        yield from _look(queue / state, _part_of(None))
+    with contextlib.suppress(OSError):
+        for worker_id in filter(directories.is_worker_id, taskqueue.TaskQueue(queue).claims()):
+            yield from _look(queue / "claimed" / worker_id, _is_task_or_lock if is_default else _part_of(None))
 
 
 def _look(directory: Path, is_ours: Callable[[Entry], bool]) -> Iterator[str]:
     # Whoever needs a directory that cannot be read says so.
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for found in entries:
-            yield "" if found.name.startswith(".") or is_ours(found) else found.path
+            ours = found.name.startswith(".")
+            with contextlib.suppress(OSError):  # A symlink may lead to what may not be asked for.
+                ours = ours or is_ours(found)
+            yield "" if ours else found.path
+
+
+def _is_task_or_lock(found: Entry) -> bool:
+    return taskqueue.is_file(found.name) or (found.name == "lock" and found.is_file(follow_symlinks=False))
 
 
 def _is_pipe_or_message(found: Entry) -> bool:

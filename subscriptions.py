@@ -29,16 +29,18 @@ if TYPE_CHECKING or not __package__:
     import fifo
     import presence
     import taskqueue
+    from holding import Holdings, Side
     from life import Intake, Life
-    from poller import Poller
+    from poller import HELD_UP_SECONDS, Poller
     from post import Post
-    from subscribers import MessageSubscribers, Side, TaskSubscribers
+    from subscribers import MessageSubscribers
 else:
     from . import directories, fifo, presence, taskqueue
+    from .holding import Holdings, Side
     from .life import Intake, Life
-    from .poller import Poller
+    from .poller import HELD_UP_SECONDS, Poller
     from .post import Post
-    from .subscribers import MessageSubscribers, Side, TaskSubscribers
+    from .subscribers import MessageSubscribers
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -48,13 +50,15 @@ def _mending(step: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(step)
     def mended(self: Subscriptions, *arguments: Any) -> Any:
-        self.ensure_open()
-        try:
-            return step(self, *arguments)
-        except FileNotFoundError:
-            directories.remake(self._layout)
-            self._poller.call(self.look)  # And soon what lay in them.
-            return step(self, *arguments)
+        # Whoever closes takes it too, so that nobody subscribes to what is closed.
+        with self._mutex:
+            self.ensure_open()
+            try:
+                return step(self, *arguments)
+            except FileNotFoundError:
+                directories.remake(self._layout)
+                self._poller.call(self.look)  # And soon what lay in them.
+                return step(self, *arguments)
 
     return mended
 
@@ -88,7 +92,7 @@ class Subscriptions:
         layout: directories.Layout,
         poller: Poller,
         post: Post,
-        tasks: TaskSubscribers,
+        holdings: Holdings,
         messages: MessageSubscribers,
         reply: str,
         handlers: Mapping[str, Callable[[fifo.Reader, bytes], None]],
@@ -102,7 +106,7 @@ class Subscriptions:
         self._layout = layout
         self._poller = poller
         self._post = post
-        self._tasks = tasks
+        self._holdings = holdings
         self._messages = messages
         self._reply = reply
         self._handlers = handlers
@@ -127,11 +131,11 @@ class Subscriptions:
         """
         key = "" if name is None else directories.quoted(name)
         with self._mutex:
-            side = self._tasks.sides.get(key)
+            side = self._holdings.sides.get(key)
             if side is None:
                 queue = taskqueue.TaskQueue(self._layout.queue_directory(key), fsync=self._fsync)
                 queue.make(name)
-                side = self._tasks.sides.setdefault(key, Side(key, queue, prefetch))
+                side = self._holdings.sides.setdefault(key, Side(key, queue, prefetch))
             elif prefetch and prefetch != side.prefetch:
                 side.prefetch = prefetch
                 if side.subscribers:
@@ -167,8 +171,8 @@ class Subscriptions:
     @_mending
     def add_task(self, side: Side, subscriber: Callable[..., Any], identifier: Any) -> Any:
         """Subscribe to a task queue."""
-        with self._mutex, _added(side.subscribers, subscriber, identifier, "Task") as identifier:
-            self._tasks.lane.start()
+        with _added(side.subscribers, subscriber, identifier, "Task") as identifier:
+            self._holdings.lane.start()
             life = self._begun()
             self.hold(side)
             self._open(life, "task")
@@ -186,7 +190,7 @@ class Subscriptions:
     @_mending
     def add_rpc(self, subscriber: Callable[..., Any], identifier: Any) -> Any:
         """Subscribe to the calls for an identifier."""
-        with self._mutex, _added(self._messages.rpc, subscriber, identifier, "RPC") as identifier:
+        with _added(self._messages.rpc, subscriber, identifier, "RPC") as identifier:
             self._messages.lane.start()
             life = self._begun()
             if self._open(life, "rpc"):
@@ -206,7 +210,7 @@ class Subscriptions:
     @_mending
     def add_broadcast(self, subscriber: Callable[..., Any], identifier: Any) -> Any:
         """Subscribe to all broadcasts."""
-        with self._mutex, _added(self._messages.broadcast, subscriber, identifier, "Broadcast") as identifier:
+        with _added(self._messages.broadcast, subscriber, identifier, "Broadcast") as identifier:
             self._messages.lane.start()
             if len(self._messages.broadcast) == 1:
                 life = self._begun()
@@ -241,7 +245,7 @@ class Subscriptions:
 
     def _entry(self, life: Life) -> presence.Worker:
         # What has no pipe yet is registered once it has one.
-        sides = list(self._tasks.sides.values()) if f"task_{life.worker_id}" in life.pipes else []
+        sides = list(self._holdings.sides.values()) if f"task_{life.worker_id}" in life.pipes else []
         listens = bool(self._messages.broadcast) and f"broadcast_{life.worker_id}" in life.pipes
         return presence.Worker(
             worker_id=life.worker_id,
@@ -259,7 +263,10 @@ class Subscriptions:
 
         :raises OSError: something cannot be made; the next look goes on where this one ended.
         """
-        with self._mutex:
+        # Whoever subscribes may be held up by a signal handler that waits for this thread: the next look will do.
+        if not self._mutex.acquire(timeout=HELD_UP_SECONDS):
+            return
+        try:
             if self.closed or not self._has_lived:
                 return
             if self._life is not None and not self._life.look():
@@ -267,16 +274,13 @@ class Subscriptions:
                 self._life.abandon()
                 self._life = None
             self._complete(self._begun())
+        finally:
+            self._mutex.release()
 
     def _complete(self, life: Life) -> None:
-        for side in self._tasks.sides.values():
-            if side.claims is not None:
-                if side.claims.worker_id != life.worker_id:
-                    side.claims = taskqueue.Claims(side.queue, life.worker_id)
-                with contextlib.suppress(OSError):
-                    side.claims.give_back_strays()
+        self._holdings.give_back_strays(self._layout, life.worker_id)
         for kind, has in (
-            ("task", any(side.subscribers for side in self._tasks.sides.values())),
+            ("task", any(side.subscribers for side in self._holdings.sides.values())),
             ("rpc", self._messages.rpc),
             ("broadcast", self._messages.broadcast),
         ):
@@ -317,7 +321,7 @@ class Subscriptions:
         if life is not None:
             life.leave()
             self._post.ring({"type": "register", "worker": life.worker_id})
-            self._tasks.close()
+            self._holdings.close()
 
     def end(self) -> None:
         """Close the pipes, and let go of the id. In the selector thread."""

@@ -27,10 +27,12 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import logging
 import os
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +44,14 @@ if TYPE_CHECKING or not __package__:
 else:
     from . import files, frames
 
+_LOGGER = logging.getLogger(__name__)
 MAX_DEATHS = 20
 COMPLETED_KEPT_SECONDS = 24 * 3600.0
 COMPLETED_KEPT = 10_000
 PLACES = {"waiting": "", "claimed": "claimed", "completed": "completed", "failed": "failed"}
 """The words for the states, everywhere, and the directory of each."""
 _FILE = re.compile(r"task_(([0-9A-Za-z_-]{1,80})(?:\.([0-9]{1,4}))?)\.json")
+_HELD_UP_SECONDS = 0.05
 _REASON = re.compile(_FILE.pattern.replace("json", "reason"))
 
 _clock = threading.RLock()
@@ -276,25 +280,35 @@ class TaskQueue:
 
         Yields after each file whether it was removed.
         """
-        for place in PLACES.values():
-            yield from files.sweep_drafts(self.directory / place)
-        yield from self._sweep_completed()
-        for state in ("completed", "failed"):
-            for found in files.listed(f"{self._root}/{state}"):
-                yield _REASON.fullmatch(found) is not None and self._sweep_reason(f"{self._root}/{state}/{found}")
+        chores = [files.sweep_drafts(self.directory / place) for place in PLACES.values()]
+        chores += [self._sweep_completed(), self._sweep_reasons("completed"), self._sweep_reasons("failed")]
+        for chore in chores:
+            try:
+                yield from chore
+            except OSError as error:
+                _LOGGER.error("Not all that is old could be removed: %s", error)
 
     def _sweep_completed(self) -> Iterator[bool]:
         # What was sent less than a day ago was not done longer ago: no need to ask for its time.
-        limit = f"{time.time_ns() - int(COMPLETED_KEPT_SECONDS * 1e9):020d}"
-        newest: list[str] = []
+        now, count = time.time_ns(), 0
+        begin, end = f"{now - int(COMPLETED_KEPT_SECONDS * 1e9):020d}", f"{now:020d}"
         for name in self.names("completed"):
-            surplus: str | None = name
-            if name >= limit or not files.is_older(self.file(name, "completed"), COMPLETED_KEPT_SECONDS):
-                heapq.heappush(newest, name)
-                surplus = heapq.heappop(newest) if len(newest) > COMPLETED_KEPT else None
-            if surplus is not None:
-                files.remove(self._reason(surplus, "completed"))
-            yield surplus is not None and files.remove(self.file(surplus, "completed"))
+            old = not begin <= name <= end and files.is_older(self.file(name, "completed"), COMPLETED_KEPT_SECONDS)
+            count += not old
+            yield old and self._remove_completed(name)
+        newest: list[tuple[float, str]] = []
+        for name in self.names("completed") if count > COMPLETED_KEPT else ():
+            with contextlib.suppress(FileNotFoundError):
+                heapq.heappush(newest, (os.lstat(self.file(name, "completed")).st_ctime, name))
+            yield len(newest) > COMPLETED_KEPT and self._remove_completed(heapq.heappop(newest)[1])
+
+    def _remove_completed(self, name: str) -> bool:
+        files.remove(self._reason(name, "completed"))
+        return files.remove(self.file(name, "completed"))
+
+    def _sweep_reasons(self, state: str) -> Iterator[bool]:
+        for found in files.listed(f"{self._root}/{state}"):
+            yield _REASON.fullmatch(found) is not None and self._sweep_reason(f"{self._root}/{state}/{found}")
 
     @staticmethod
     def _sweep_reason(path: str) -> bool:
@@ -303,12 +317,17 @@ class TaskQueue:
         return not os.path.lexists(task) and files.is_older(path, 60.0) and files.remove(path)
 
 
+def _nothing() -> None:
+    pass
+
+
 class Claims:
     """The tasks that one life of a worker holds in one queue.
 
     `_mutex` guards it; it is reentrant, as a signal handler or a finalizer may settle a task. Such a handler may also
-    raise, between any two lines here. So a name stands in `_leaving` before its file is moved, and until it is where it
-    belongs: whatever was interrupted, or could not be done, is done at the next look.
+    raise, between any two lines here. So a name stands in `_leaving` before its outcome is sent and its file is moved,
+    and until both are where they belong: what was interrupted, or could not be done, is done at the next look, if need
+    be a second time. What somebody has pulled and lost, as a handler raised before it came to him, is given back there.
     """
 
     def __init__(self, queue: TaskQueue, worker_id: str) -> None:
@@ -316,25 +335,27 @@ class Claims:
         self.worker_id = worker_id
         self._state = f"claimed/{worker_id}"
         self._directory = queue.directory / self._state
-        self._held: dict[str, Task] = {}
-        self._leaving: dict[str, str] = {}
-        """What may be claimed and is in nobody's hands, and the state it goes to."""
+        self._held: dict[str, tuple[int, Callable[[], Task | None]]] = {}
+        """What is in hand: its `id`, and itself, which is `None` once whoever pulled it has lost it."""
+        self._leaving: dict[str, tuple[str, Callable[[], None]]] = {}
+        """What may be claimed and is in nobody's hands: the state it goes to, and what is to be done before."""
         self._mutex = threading.RLock()
         self._closed = False
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def take(self, name: str) -> Task | None:
+    def take(self, name: str, *, pulled: bool = False) -> Task | None:
         """Claim a waiting task; `None` if somebody else has it (losing that race is normal).
 
+        :param pulled: it is in hand only as long as somebody refers to what is returned.
         :raises Unreadable: it was no task; it goes to ``failed/``.
         :raises OSError: it could not be read now, and it waits again.
         """
         with self._mutex:
             if self._closed or name in self._held or name in self._leaving:
                 return None
-            self._leaving[name] = ""
+            self._leaving[name] = ("", _nothing)
             try:
                 if not self._claim(name):
                     del self._leaving[name]
@@ -347,7 +368,7 @@ class Claims:
             except OSError:
                 self._leave(name, "")
                 raise
-            self._held[name] = task
+            self._held[name] = (id(task), weakref.ref(task) if pulled else lambda: task)
             del self._leaving[name]
             return task
 
@@ -362,34 +383,57 @@ class Claims:
     def settle(self, task: Task, before: Callable[[], None], state: str, reason: str = "") -> bool:
         """Let a task out of our hands: the one place where that happens.
 
-        :param before: puts its outcome on its way; called first, and does not wait.
+        :param before: puts its outcome on its way; called first, and does not wait. If it is interrupted, it is called
+            again, since one outcome too many does no harm.
         :param state: where it goes: 'completed', or '' to wait again.
         :param reason: what its subscriber raised; kept beside it.
         :return: whether it was still held; if not, nothing was done.
         """
         with self._mutex:
-            if self._held.get(task.name) is not task:
+            # Not the reference, which the garbage collector clears before it ends the context of a pull.
+            if self._held.get(task.name, (None,))[0] != id(task):
                 return False
-            self._leaving[task.name] = ""
+
+            def finish() -> None:
+                before()
+                if reason:
+                    self.queue.note(task.name, state, reason)
+
+            self._leaving[task.name] = (state, finish)
             del self._held[task.name]
-            before()
-            self._leaving[task.name] = state
-            if reason:
-                self.queue.note(task.name, state, reason)
-            self._leave(task.name, state)
+            self._leave(task.name, state, finish)
             return True
 
-    def _leave(self, name: str, state: str) -> None:
-        self._leaving[name] = state
+    def _leave(self, name: str, state: str, before: Callable[[], None] = _nothing) -> None:
+        self._leaving[name] = (state, before)
+        before()
+        self._leaving[name] = (state, _nothing)
         with contextlib.suppress(OSError):
             self.queue.move(name, self._state, state)
             del self._leaving[name]
 
+    @contextlib.contextmanager
+    def _unless_held_up(self) -> Iterator[bool]:
+        """Hold the mutex, for a thread that a signal handler may wait for; give whether we do."""
+        held = self._mutex.acquire(timeout=_HELD_UP_SECONDS)
+        try:
+            yield held
+        finally:
+            if held:
+                self._mutex.release()
+
     def look(self) -> None:
-        """Move what could not be moved before."""
-        with self._mutex:
-            for name, state in list(self._leaving.items()):
-                self._leave(name, state)
+        """Finish what could not be finished before, and give back what was lost."""
+        with self._unless_held_up() as held:
+            for name, (state, before) in list(self._leaving.items()) if held else ():
+                try:
+                    self._leave(name, state, before)
+                except Exception as error:
+                    _LOGGER.error("Task %s cannot be finished now: %s: %s", name, type(error).__name__, error)
+            for name in [name for name, (_, task) in self._held.items() if task() is None] if held else ():
+                self._leaving[name] = ("", _nothing)
+                del self._held[name]
+                self._leave(name, "")
 
     def give_back_strays(self) -> None:
         """Let wait again what lies among our claims and nobody has: an earlier life under this id may have brought it.
@@ -398,8 +442,8 @@ class Claims:
 
         :raises OSError: the claims cannot be listed.
         """
-        with self._mutex:
-            for name in list(self.queue.names(self._state)):
+        with self._unless_held_up() as held:
+            for name in list(self.queue.names(self._state)) if held else ():
                 if name not in self._held and name not in self._leaving:
                     self._leave(name, "")
 
@@ -420,7 +464,7 @@ class Claims:
             self.look()
             names = sorted(self._held)
             for name in names:
-                self._leaving[name] = ""
+                self._leaving[name] = ("", _nothing)
                 del self._held[name]
                 self._leave(name, "")
             return [name for name in names if name not in self._leaving]

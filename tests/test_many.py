@@ -19,9 +19,10 @@ import discovery
 import presence
 import taskqueue
 from harness import FORKER, HOLDER, Broker, eventually, recorded
+from members import Member
 from peers import Queues
 from poller import Poller
-from scheduler import Member, Scheduler
+from scheduler import Scheduler
 
 Counter = collections.Counter[str]
 
@@ -138,7 +139,7 @@ def test_event_costs_what_it_changes() -> None:
             ((member, (name,)),) = scheduler.dispatch(0.0)[0].items()
             assert member is free
             scheduler.refuse(member, name)
-        scheduler.dispatch(0.0)
+        scheduler.dispatch(0.5)  # Which also looks once at each offer of the past.
         busy = next(member for member in crowd if member.held)
         costs.append(cost_of(scheduler, lambda busy=busy: scheduler.done(busy, next(iter(busy.held)))))
     assert costs[1] < costs[0] + 20
@@ -216,8 +217,8 @@ def test_sweep_goes_in_small_steps(tmp_path: Path) -> None:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    # The names that are kept, and no others.
-    assert count > taskqueue.COMPLETED_KEPT and peak < 250 * taskqueue.COMPLETED_KEPT
+    # The names that are kept with their times, and no others.
+    assert count > taskqueue.COMPLETED_KEPT and peak < 300 * taskqueue.COMPLETED_KEPT
 
 
 def test_drift_goes_in_small_steps_and_keeps_no_second_list(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_ring_for_which_there_is_room_meanwhile_is_not_put_by_for_ever(broker: B
     worker.add_task_subscriber(lambda _, body: done.append(body))
     sender = broker.communicator()
     sender.task_send("work", no_reply=True)
-    (side,) = worker._engine.tasks.sides.values()
+    (side,) = worker._engine.holdings.sides.values()
     name = next(side.queue.names())
     # As where room came between the look for it and the putting by.
     side.rung.add(name)

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 import scheduler
-from scheduler import Member, Scheduler
+from members import WINDOW, Member
+from scheduler import Scheduler
 
 # Each rule is a script. "join a 2" is member a with a prefetch of 2. "drift 1 2 | a 3" is a listing of the disk, where
 # 1 and 2 wait, and a holds 3. "-> a:1,2 b:3" is what is rung then, "-> nothing" that nothing is, and "look 1.5" when to
@@ -206,14 +207,14 @@ def check(tested: Scheduler) -> None:
     assert all(name in member.offered for name, (member, _) in offered.items())
     assert [since for _, since in offered.values()] == sorted(since for _, since in offered.values())
     assert set(tested._waiting) >= {name for name in state if state[name] == scheduler._WAITING}
-    parked = {name for heap in tested._parked.values() for name in heap}
+    parked = {name for heap in tested._parked.heaps.values() for name in heap}
     assert parked >= {name for name in state if state[name] == scheduler._PARKED}
     assert {name for _, name in tested._put_off} >= {name for name in state if state[name] == scheduler._PUT_OFF}
     for name in tested._refusals.names():
         assert all(name in member.refused for member in tested._refusals.members(name))
         assert tested._refusals.members(name) <= tested.members
     for member in tested.members:
-        assert len(member.offered) <= scheduler.WINDOW
+        assert len(member.offered) <= WINDOW
         assert all(member in tested._refusals.members(name) for name in member.refused)
     turns = tested._turns
     for member in {*tested.members, *turns._idle, *turns._ready} - turns.changed.keys():
@@ -284,7 +285,7 @@ class World:
         state = self.scheduler._state
         if any(member.room() > 0 for member in self.scheduler.members):
             assert scheduler._WAITING not in state.values()
-        for refusers, heap in self.scheduler._parked.items():
+        for refusers, heap in self.scheduler._parked.heaps.items():
             if any(state.get(name) == scheduler._PARKED for name in heap):
                 assert not [member for member in self.scheduler.members - refusers if member.room() > 0]
 

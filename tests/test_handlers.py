@@ -1,0 +1,274 @@
+"""What runs inside our functions and is not ours: signal handlers that send, wait or raise, log handlers that raise,
+subscribers that fork, and threads that subscribe while the communicator is closed.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+
+from harness import Broker
+
+# Each says how it went by its last line. A hang is the end of the test's patience.
+PATIENCE = 40.0
+
+
+def outcome(broker: Broker, script: str, *arguments: object) -> str:
+    """Run a script to its end, and return what it prints after `ready`."""
+    child = broker.spawn(script, *arguments)
+    try:
+        out, _ = child.process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        raise AssertionError("it hangs") from None
+    return out.decode() if isinstance(out, bytes) else out
+
+
+# The handler completes tasks, or subscribes, while the main thread sends; another thread completes tasks too.
+WITHIN = """
+import signal, threading
+with communicator(fsync=False) as worker:
+    held, ended, within, count = [], threading.Event(), [], [0]
+    completes = arguments[0] == "completes"
+    queue = worker.task_queue("kiwipy.tasks" if completes else "other")
+    if completes:
+        worker.add_task_subscriber(lambda *_: held.append(kiwipy.Future()) or held[-1])
+    def complete():
+        while not ended.wait(0.0005):
+            while held:
+                held.pop().set_result(1)
+    def subscribe():
+        while not ended.wait(0.0002):
+            worker.remove_task_subscriber(worker.add_task_subscriber(lambda *_: kiwipy.Future()))
+    thread = threading.Thread(target=complete if completes else subscribe)
+    thread.start()
+    def handle(*_):
+        if within:
+            return
+        within.append(1)
+        count[0] += 1
+        if completes:
+            try:
+                held.pop(0).set_result(2)
+            except IndexError:
+                pass
+        else:
+            worker.remove_rpc_subscriber(worker.add_rpc_subscriber(lambda *_: 1, f"id{count[0]}"))
+        within.clear()
+    signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+    end, sent = time.monotonic() + 6, 0
+    while time.monotonic() < end:
+        queue.task_send(sent, no_reply=True)
+        sent += 1
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    ended.set()
+    thread.join()
+    print("handled", count[0] > 100)
+"""
+
+
+@pytest.mark.parametrize("what", ["completes", "subscribes"])
+def test_handler_and_another_thread_do_not_wait_for_each_other(served: Broker, what: str) -> None:
+    assert outcome(served, WITHIN, what).endswith("handled True\n")
+
+
+# The handler waits for an answer while the main thread sends and pulls.
+WAITS = """
+import signal
+with communicator(fsync=False) as sender:
+    queue, within, waited, lost = sender.task_queue("pulled"), [], [0], [0]
+    def handle(*_):
+        if not within:
+            within.append(1)
+            waited[0] += 1
+            try:
+                sender.rpc_send("slow", 1).result(5)
+            except Exception:
+                lost[0] += 1
+            within.clear()
+    signal.signal(signal.SIGALRM, handle)
+    end, sent = time.monotonic() + 6, 0
+    while time.monotonic() < end and not lost[0]:
+        queue.task_send(sent, no_reply=True)
+        sent += 1
+        signal.setitimer(signal.ITIMER_REAL, 0.0002 + sent % 40 * 0.00001)
+        with queue.next_task() as task, task.processing() as outcome:
+            outcome.set_result(None)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    print("waited", waited[0] > 50, "lost", lost[0])
+"""
+SLOW = """
+with communicator() as server:
+    server.add_rpc_subscriber(lambda _, body: time.sleep(0.03) or body, "slow")
+    print("ready"); sys.stdin.read()
+"""
+
+
+def test_handler_that_waits_for_an_answer_gets_it(served: Broker) -> None:
+    served.child(SLOW)
+    assert outcome(served, WAITS).endswith("waited True lost 0\n")
+
+
+# A handler raises while the outcome of a task is set.
+COMPLETES = """
+import collections, logging, signal
+logging.disable(logging.CRITICAL)
+class Interrupt(BaseException): pass
+def handle(*_): raise Interrupt
+signal.signal(signal.SIGALRM, handle)
+with communicator(fsync=False) as worker, communicator(fsync=False) as sender:
+    held, runs, number = [], collections.Counter(), 300
+    def subscriber(_, body):
+        runs[body] += 1
+        held.append((body, kiwipy.Future()))
+        return held[-1][1]
+    worker.add_task_subscriber(subscriber)
+    sent = [sender.task_send(body) for body in range(number)]
+    end, done = time.monotonic() + 10, 0
+    while done < number and time.monotonic() < end:
+        try:
+            body, future = held.pop(0)
+        except IndexError:
+            continue
+        done += 1
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.00002 + done % 60 * 0.000005)
+            future.set_result(body)
+        except Interrupt:
+            pass
+        finally:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupt:
+                pass
+        if not future.done():
+            future.set_result(body)  # Whoever is told by an exception does it again.
+    outcomes = [future.result(15).result(15) for future in sent]
+    print("right", outcomes == list(range(number)), "again", sum(runs.values()) - number)
+"""
+
+
+def test_handler_that_raises_while_a_task_is_completed_neither_loses_nor_repeats_it(served: Broker) -> None:
+    assert outcome(served, COMPLETES).endswith("right True again 0\n")
+
+
+PULLS = """
+import signal
+class Interrupt(BaseException): pass
+def handle(*_): raise Interrupt
+signal.signal(signal.SIGALRM, handle)
+with communicator(fsync=False) as puller:
+    queue, number, interrupted, bodies = puller.task_queue("pulled"), 200, 0, set()
+    for body in range(number):
+        queue.task_send(body, no_reply=True)
+    with queue.next_task():
+        pass
+    for each in range(number):
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.00002 + each % 100 * 0.000003)
+            with queue.next_task(fail=False):
+                pass
+        except Interrupt:
+            interrupted += 1
+        finally:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Interrupt:
+                pass
+    end = time.monotonic() + 25
+    while len(bodies) < number and time.monotonic() < end:
+        with queue.next_task(fail=False) as task:
+            if task is not None:
+                bodies.add(task.body)
+                with task.processing() as outcome:
+                    outcome.set_result(None)
+    print("interrupted", interrupted > 5, "done", len(bodies))
+"""
+
+
+def test_task_whose_pull_was_interrupted_waits_again(broker: Broker) -> None:
+    assert outcome(broker, PULLS).endswith("interrupted True done 200\n")
+
+
+# Log handlers that raise
+
+LOGS = """
+import logging, threading
+class Raises(logging.Handler):
+    def emit(self, record): raise RuntimeError("no log")
+ended = []
+threading.excepthook = lambda said: ended.append(said.thread.name)
+worker, sender, heard = communicator(), communicator(), threading.Event()
+def hears(*_):
+    heard.set()
+    raise ValueError("broadcast")
+def works(_, body):
+    if body == "bad": raise ValueError("task")
+    return body
+worker.add_rpc_subscriber(lambda _, body: body, "rpc")
+worker.add_broadcast_subscriber(hears)
+worker.add_task_subscriber(works)
+logging.getLogger().addHandler(Raises())
+sender.broadcast_send("x")
+heard.wait(10)
+bad = sender.task_send("bad")
+said = type(bad.exception(10)).__name__, sender.rpc_send("rpc", 2).result(10), sender.task_send("ok").result(10)
+worker.close()
+sender.close()
+print(*said, ended)
+"""
+
+
+def test_log_handler_that_raises_ends_no_thread(served: Broker) -> None:
+    assert outcome(served, LOGS).endswith("RemoteException 2 ok []\n")
+
+
+# Forks and threads
+
+FORKS = """
+import os
+with communicator() as worker, communicator() as sender:
+    worker.add_task_subscriber(lambda *_: os.fork())
+    pid = sender.task_send("fork").result(10)
+    # As a thread of the child that has no work, it ends; and so does the child, which has no other.
+    print("ended", os.waitpid(pid, 0)[0] == pid)
+"""
+
+
+def test_child_of_a_subscriber_that_forks_ends(served: Broker) -> None:
+    assert re.search("ended True", outcome(served, FORKS))
+
+
+CLOSES = """
+import threading
+left = []
+for number in range(30):
+    made, go = communicator(), threading.Event()
+    def subscribe(kind):
+        go.wait()
+        try:
+            for each in range(200):
+                if kind:
+                    made.add_rpc_subscriber(lambda *_: 1, f"{number}-{kind}-{each}")
+                else:
+                    made.task_queue("q").add_task_subscriber(lambda *_: 1)
+        except kiwipy.CommunicatorClosed:
+            pass
+    threads = [threading.Thread(target=subscribe, args=(kind,)) for kind in range(5)]
+    for thread in threads: thread.start()
+    go.set()
+    time.sleep(number % 11 * 0.0007)
+    made.close()
+    for thread in threads: thread.join()
+    registry, pipes = os.path.join(config_path, "pipes"), os.readlink(os.path.join(config_path, "pipes", "directory"))
+    left += [name for name in os.listdir(registry) if name.startswith("worker_")]
+    left += [name for name in os.listdir(pipes) if name.startswith(("rpc_", "task_", "route_", "reply_"))]
+print("left", left)
+"""
+
+
+def test_who_subscribes_beside_close_leaves_nothing(served: Broker) -> None:
+    assert outcome(served, CLOSES).endswith("left []\n")

@@ -1,0 +1,274 @@
+"""One bad item, wherever it lies, keeps nothing from the others, and what could not be done is not lost."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bodies
+import burial
+import control
+import directories
+import fifo
+import files
+import frames
+import strangers
+import taskqueue
+from harness import COORDINATOR, TIMEOUT, Broker, eventually, write_frame
+from members import WINDOW, Member
+from scheduler import Scheduler
+from test_mending import look
+
+
+def refuse(path: Path) -> None:
+    """Leave what cannot be listed, nor asked for."""
+    os.symlink("x" * 300, path)  # Not even root may: ENAMETOOLONG.
+
+
+@pytest.fixture
+def layout(broker: Broker) -> directories.Layout:
+    made = directories.establish(broker.profile, broker.config_path)
+    taskqueue.TaskQueue(made.queue).make()
+    return made
+
+
+# Queues
+
+
+def test_a_link_that_cannot_be_followed_hides_no_queue(layout: directories.Layout) -> None:
+    queues = layout.queue / "queues"
+    for number in range(8):
+        (queues / f"queue{number}").mkdir(parents=True)
+    refuse(queues / "archive")
+    assert {key for key, _ in layout.queues()} == {"", *(f"queue{number}" for number in range(8))}
+    assert [Path(found).name for found in strangers.strangers(layout) if found] == ["archive"]
+
+
+def test_a_queue_that_cannot_be_used_keeps_its_workers_from_no_other(broker: Broker) -> None:
+    broker.start()
+    worker, sender = broker.communicator("worker"), broker.communicator()
+    for name in ("bad", "good"):
+        worker.task_queue(name).add_task_subscriber(lambda _, body: body)
+    control.stop(broker.config_path)
+    bad = broker.queue / "queues" / "bad"
+    shutil.rmtree(bad)
+    bad.touch()
+    broker.start()
+    assert sender.task_queue("good").task_send("done").result(TIMEOUT) == "done"
+    assert "cannot join queue 'bad'" in broker.log()
+
+
+def test_what_an_earlier_life_left_in_another_queue_waits_again(broker: Broker) -> None:
+    worker = broker.communicator("worker")
+    worker.add_task_subscriber(lambda *_: None)
+    claims = broker.queue / "queues" / "other" / "claimed" / "worker"
+    claims.mkdir(parents=True)
+    (claims / "task_1.json").write_text('{"body": 1}')
+    look(worker)
+    assert (broker.queue / "queues" / "other" / "task_1.json").exists()
+
+
+# What dead workers leave
+
+
+def test_a_claim_directory_that_cannot_be_listed_hides_no_other(layout: directories.Layout) -> None:
+    loops = [layout.queue / "claimed" / f"loop{number}" for number in range(8)]
+    for number, loop in enumerate(loops):
+        claims = layout.lock(f"dead{number}").parent
+        claims.mkdir(parents=True)
+        (claims / f"task_{number}.json").write_text('{"body": 1}')
+        refuse(loop)
+    undertaker = burial.Undertaker(layout)
+    for _ in range(3):  # Who has no entry is buried at the second sight.
+        undertaker.round()
+    for loop in loops:
+        loop.unlink()
+    assert len(list(layout.queue.glob("task_*"))) == 8
+
+
+@pytest.mark.parametrize("place", ["claimed", "failed"])
+def test_a_place_that_cannot_be_listed_keeps_no_other_from_being_swept(tmp_path: Path, place: str) -> None:
+    queue = taskqueue.TaskQueue(tmp_path)
+    queue.make()
+    done = Path(queue.file("1", "completed"))
+    done.touch()
+    (tmp_path / place).rmdir()
+    refuse(tmp_path / place)
+    with pytest.MonkeyPatch.context() as later:
+        later.setattr(time, "time", lambda now=time.time(): now + 2 * taskqueue.COMPLETED_KEPT_SECONDS)
+        for _ in queue.sweep():
+            pass
+    assert not done.exists()
+
+
+def test_what_is_named_as_no_part_of_the_broker_is_left_alone(layout: directories.Layout) -> None:
+    strange = [layout.queue / "claimed" / "worker" / "lock", layout.pipes / "route_notes"]
+    strange[0].mkdir(parents=True)
+    strange[1].write_text("")
+    os.symlink("/etc/hosts", layout.pipes / "route_hosts")
+    for _ in burial.sweep(layout):
+        pass
+    assert sorted(found for found in strangers.strangers(layout) if found) == sorted(map(str, strange))
+    strange[0].rmdir()
+    strange[1].unlink()
+    assert not os.path.lexists(layout.pipes / "route_hosts"), "nobody can be called by it, or claim its identifier"
+
+
+def test_whoever_sent_a_task_that_is_given_up_is_told_once_the_disk_has_room(
+    layout: directories.Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = layout.pipes / directories.reply_pipe()
+    os.mkfifo(reply)
+    reader = os.open(reply, os.O_RDONLY | os.O_NONBLOCK)
+    text = frames.encode({"correlation_id": "1", "exception": "x" * 10_000})
+    try:
+        with monkeypatch.context() as trouble:
+
+            def full(*_: Any) -> None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            trouble.setattr(bodies, "pack_body", full)
+            with pytest.raises(OSError, match="No space"):
+                fifo.leave(text, reply)
+        fifo.leave(text, reply)
+        assert os.read(reader, 65536)
+    finally:
+        os.close(reader)
+        for path in layout.pipes.glob("body_*"):
+            path.unlink()
+        reply.unlink()
+
+
+def test_a_link_that_cannot_be_put_in_place_leaves_no_draft(tmp_path: Path) -> None:
+    (tmp_path / "link").mkdir()
+    with pytest.raises(OSError, match="link"):
+        files.replace_symlink("target", tmp_path / "link")
+    assert os.listdir(tmp_path) == ["link"]
+
+
+# Completed tasks
+
+
+def test_the_newest_completed_tasks_are_those_that_were_done_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(taskqueue, "COMPLETED_KEPT", 3)
+    queue, now = taskqueue.TaskQueue(tmp_path), time.time_ns()
+    queue.make()
+    days = 24 * 3600 * 10**9
+    # The clock was a year ahead when most were sent, and the last was sent two days ago.
+    sent = [now + 365 * days + number for number in range(5)] + [now - 2 * days]
+    for when in sent:
+        begin = time.time_ns()
+        Path(queue.file(f"{when:020d}-0", "completed")).touch()
+        eventually(lambda begin=begin: time.time_ns() > begin + 10**7)  # The granularity of the times of files.
+    for _ in queue.sweep():
+        pass
+    assert sorted(queue.names("completed")) == sorted(f"{when:020d}-0" for when in sent[-3:])
+
+
+# The scheduler
+
+
+def test_parked_tasks_that_are_pulled_leave_nothing_behind() -> None:
+    tested, full, picky = Scheduler(), Member("full", 1), Member("picky", 1)
+    for member in (full, picky):
+        tested.join(member)
+    tested.claimed(full, "0")
+    for number in range(1, 5000):
+        name = f"{number:05}"
+        tested.add(name)
+        tested.dispatch(0.0)
+        tested.claimed(picky, name)
+        tested.refuse(picky, name)
+        tested.dispatch(0.0)
+        tested.withdraw(name)
+    assert sum(map(len, tested._parked.heaps.values())) < 10 * WINDOW
+
+
+@pytest.mark.parametrize("members", [10, 100])
+def test_who_has_refused_all_that_is_overdue_costs_nobody_anything(members: int) -> None:
+    tested, picky, lines = Scheduler(), Member("picky"), 0
+    tested.join(picky)
+    names = [f"{number:06}" for number in range(members * WINDOW)]
+    for name in names:
+        tested.add(name)
+    while rings := tested.dispatch(0.0)[0]:
+        for name in rings[picky]:
+            tested.claimed(picky, name)
+            tested.refuse(picky, name)
+    for number in range(members):
+        tested.join(Member(f"busy{number}"))
+    assert sum(map(len, tested.dispatch(0.0)[0].values())) == len(names)
+    tested.dispatch(1.0)
+
+    def trace(*_: Any) -> Any:
+        nonlocal lines
+        lines += 1
+        return trace
+
+    tested.add("new")
+    sys.settrace(trace)
+    try:
+        rings = tested.dispatch(1.1)[0]
+    finally:
+        sys.settrace(None)
+    assert rings == {picky: ["new"]}
+    assert lines < 300
+
+
+# The coordinator
+
+
+def test_a_directory_in_place_of_the_entry_ends_no_coordinator(broker: Broker) -> None:
+    (broker.config_path / "pipes" / "coordinator.json").mkdir(parents=True)
+    worker = broker.communicator("worker")
+    worker.add_task_subscriber(lambda _, body: body)
+    broker.start()
+    assert broker.communicator().task_send("done").result(TIMEOUT) == "done"
+    assert "cannot be written down" in broker.log()
+
+
+def test_stop_is_for_the_coordinator_that_was_asked(served: Broker) -> None:
+    pid = served.status()["pid"]
+    write_frame(served.pipes / "coordinator_tasks", {"type": "stop", "pid": 1})
+    worker = served.communicator("worker")
+    worker.add_task_subscriber(lambda _, body: body)
+    assert served.communicator().task_send("done").result(TIMEOUT) == "done"
+    assert served.status()["pid"] == pid
+
+
+def test_a_coordinator_that_waits_for_another_can_be_told_to_end(broker: Broker) -> None:
+    directories.establish(broker.profile, broker.config_path)
+    intake = broker.pipes / "coordinator_tasks"
+    os.mkfifo(intake)
+    reader = os.open(intake, os.O_RDONLY | os.O_NONBLOCK)
+    command = [*COORDINATOR, "--profile", broker.profile, "--config-path", broker.config_path, "start", "--foreground"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        eventually(lambda: _read(reader))  # It asks whoever reads its intake to look at itself.
+        begin = time.monotonic()
+        process.terminate()
+        assert "told to stop before it served" in process.communicate(timeout=TIMEOUT)[1]
+        assert process.returncode == 1
+        assert time.monotonic() - begin < 4.0, "it waits five seconds for the other one"
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader)
+        intake.unlink()
+
+
+def _read(descriptor: int) -> bytes:
+    with contextlib.suppress(BlockingIOError):
+        return os.read(descriptor, 65536)
+    return b""
