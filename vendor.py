@@ -18,6 +18,7 @@ import base64
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -81,17 +82,31 @@ class Line:
         lines = content.splitlines(keepends=True)
         if self.text in lines:
             return content
-        key = self.text.split(b"=")[0].strip()
-        if any(line.split(b"=")[0].strip() == key for line in lines):
-            raise Unexpected(f"{path} has another line for {key.decode()}")
+        self._refuse_another(path, lines)
         if lines.count(self.after) != 1:
             raise Unexpected(f"{path} should have one line {self.after.decode().strip()!r}")
         lines.insert(lines.index(self.after) + 1, self.text)
         return b"".join(lines)
 
-    def remove(self, content: bytes) -> bytes:
-        """Return the content without the line."""
-        return b"".join(line for line in content.splitlines(keepends=True) if line != self.text)
+    def remove(self, path: Path, content: bytes) -> bytes:
+        """Return the content without the line.
+
+        :raises Unexpected: there is another one in its place, which is not ours to remove.
+        """
+        lines = [line for line in content.splitlines(keepends=True) if line != self.text]
+        self._refuse_another(path, lines)
+        return b"".join(lines)
+
+    def _refuse_another(self, path: Path, lines: list[bytes]) -> None:
+        key = _key(self.text)
+        for line in lines:
+            if _key(line) == key:
+                raise Unexpected(f"{path} has another line for {key.decode()}, {line!r}: take it out by hand")
+
+
+def _key(line: bytes) -> bytes:
+    """Return what a line is about, however it is quoted, spaced, commented or ended."""
+    return re.split(rb"[=,#]", line)[0].strip(b" \t\r\n'\"")
 
 
 class Target:
@@ -137,7 +152,7 @@ class Target:
     def without_broker(self) -> dict[Path, Content]:
         """Return what every file is to hold without the broker, in the order in which to write them."""
         self._refuse_foreign()
-        changed: dict[Path, Content] = {path: line.remove(_read(path)) for path, line in self.lines.items()}
+        changed: dict[Path, Content] = {path: line.remove(path, _read(path)) for path, line in self.lines.items()}
         changed.update(dict.fromkeys([*self._outlived(), *self.files()]))
         return self._with_record(changed)
 

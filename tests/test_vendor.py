@@ -155,6 +155,24 @@ def test_vendor_is_undone_whatever_became_of_the_copy(tree: tuple[Path, Path], w
     assert not list(root.rglob("*namedpipe*"))
 
 
+@pytest.mark.parametrize("what", ["line ends", "comment", "quotes"])
+def test_vendor_leaves_no_line_behind_that_somebody_has_edited(tree: tuple[Path, Path], what: str) -> None:
+    root, path = tree
+    assert vendor(path) == 0
+    file = next(root.rglob("cmd_verdi.py")).with_name("__init__.py")
+    if what == "quotes":
+        file = next(iter([*root.glob("*.dist-info/entry_points.txt"), root / "pyproject.toml"]))
+        (line,) = (line for line in file.read_text().splitlines() if "namedpipe" in line)
+        file.write_text(file.read_text().replace(line, line.replace("=", "  =  ").replace("'", '"')))
+    else:
+        end = b"\r" if what == "line ends" else b"  # noqa"
+        file.write_bytes(file.read_bytes().replace(b"cmd_coordinator,", b"cmd_coordinator," + end))
+    edited = checksums(root)
+    assert vendor(path, "--remove") == 2, "it would leave what imports a module that is gone"
+    assert vendor(path) == 2, "there would be two of it"
+    assert checksums(root) == edited
+
+
 def test_vendor_names_what_cannot_be_written(tmp_path: Path) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to("loop")
