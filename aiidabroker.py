@@ -258,8 +258,8 @@ def configure(profile_name: str, *, autostart: bool = True) -> None:
     try:
         config = get_config()
         profile = config.get_profile(profile_name)
-    except ConfigurationError as error:
-        raise RuntimeError(f"AiiDA's configuration: {error}") from error
+    except (ConfigurationError, AttributeError, TypeError, KeyError) as error:  # The latter, if it is edited by hand.
+        raise RuntimeError(f"AiiDA's configuration cannot be read: {error}") from error
     profile.set_process_controller(name=name, config={"autostart": autostart})
     config.update_profile(profile)
     config.store()

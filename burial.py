@@ -6,7 +6,7 @@ its identifiers are free; then its tasks, each with one more death in its name; 
 
 Rules:
 - This is the one way to remove what a worker left. The coordinator uses it, a new life under an old id, whoever meets a
-  taken RPC identifier, and whoever pulls tasks while no coordinator runs.
+  taken RPC identifier, whoever pulls tasks while no coordinator runs, and whoever cleans up by hand (``discovery.py``).
 - The lock goes only when nothing is claimed under the id any more, in any queue: one bad task is said, and left for the
   next time.
 - Before each queue, and before entry and lock, the lock is looked at again: somebody may have removed the directory,
@@ -40,7 +40,6 @@ _LOGGER = logging.getLogger(__name__)
 _AT_ONCE = 100
 _ROUNDS = 3
 _ORPHAN_SECONDS = 60.0
-_KEPT_SECONDS = 60.0
 
 
 @dataclass
@@ -249,7 +248,7 @@ class Undertaker:
 
 
 def sweep(layout: directories.Layout) -> Iterator[str]:
-    """Remove from the pipes directory what nobody can use any more and no worker id owns, in steps.
+    """Remove from the pipes directory what nobody can use any more and no worker id owns, and old drafts, in steps.
 
     Yields after each file the name of what was removed, or ''.
     """
@@ -268,7 +267,7 @@ def sweep(layout: directories.Layout) -> Iterator[str]:
 def _is_orphan(path: Path) -> bool:
     receiver = directories.body_receiver(path.name)
     if path.name.startswith("kept_") or receiver == directories.BROADCAST_INTAKE:
-        return files.is_older(path, 2 * _KEPT_SECONDS)
+        return files.is_older(path, 2 * directories.KEPT_SECONDS)
     if receiver is not None:
         pipe = path.with_name(receiver)
         # Where the pipe has lost its name, its reader may live, and makes it again when it looks after itself.

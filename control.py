@@ -91,7 +91,7 @@ def stop(config_path: str | os.PathLike[str]) -> int | None:
     """Stop the coordinator of a configuration, and wait until it is gone.
 
     :return: its pid; `None` if none was running.
-    :raises presence.CoordinatorError: it has not ended within 12 seconds.
+    :raises presence.CoordinatorError: it is another user's, or has not ended within 12 seconds.
     """
     layout = directories.locate(config_path)
     pid = presence.coordinator_pid(layout) if layout is not None else None

@@ -39,7 +39,11 @@ def worker(profile: str, config_path: str, name: str) -> None:
 
 def say(text: str) -> None:
     """Print a line with the time since the start."""
-    print(f"{time.monotonic() - BEGIN:6.2f} s  {text}", flush=True)
+    try:
+        print(f"{time.monotonic() - BEGIN:6.2f} s  {text}", flush=True)
+    except OSError:
+        # Nobody reads any more; the exit status still says how it went. (Python's documentation of SIGPIPE.)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def line_of(process: subprocess.Popen[str], word: str) -> str:

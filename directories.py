@@ -42,6 +42,8 @@ else:
 TASKS_INTAKE = "coordinator_tasks"
 BROADCAST_INTAKE = "coordinator_broadcast"
 KINDS = ("task", "rpc", "broadcast")
+KEPT_SECONDS = 60.0
+"""How long at least a broadcast is kept that found no coordinator."""
 FORMAT = 1
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -19,7 +19,7 @@ def cleanup_dead_processes(config_path: str | os.PathLike[str]) -> int:
     """Remove what dead processes left: pipes, routes and registry entries; their tasks wait again.
 
     :param config_path: the profile's configuration directory.
-    :return: how many dead processes were found.
+    :return: how many dead workers and coordinators were found.
     """
     layout = directories.locate(config_path)
     return burial.clean_up(layout) if layout is not None else 0

@@ -4,7 +4,7 @@ Strategy: read what is there as if a stranger had put it there, and write so tha
 
 Rules:
 - A file appears under its name only when it is whole: it is written under a dot-name and renamed.
-- What is read is a regular file, not a symlink, and reading it never blocks: a FIFO may lie where a file should.
+- What is read is no symlink, directory or socket, and reading it never blocks: a FIFO may lie where a file should.
 - A directory that is not there, or is none, is empty.
 """
 
@@ -30,7 +30,7 @@ class NotAFile(ValueError):
 def read(path: Path | str) -> bytes:
     """Return what a file holds, with as few system calls as it takes: this is done for each task.
 
-    :raises NotAFile: it is a directory, a symlink or a socket. (A FIFO is empty.)
+    :raises NotAFile: it is a directory, a symlink or a socket. (A FIFO holds what lies in it.)
     :raises OSError: it cannot be read now.
     """
     try:

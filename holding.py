@@ -7,8 +7,9 @@ known here.
 Rules:
 - A task that is gone is normal: somebody else has it.
 - One bad task is told to its sender and logged, and keeps nobody from the others.
-- Reports are hints: while more waits, they go to the coordinator for several tasks at once, 16 names or 20 ms. (One at
-  a time cost 18 to 68 % of the tasks per second.) Pulled tasks are reported like others.
+- Reports are hints: while more waits, they go to the coordinator for several tasks at once, after 20 ms or 16 names, or
+  fewer where frames are small, as on macOS. (One at a time cost 18 to 68 % of the tasks per second.) Pulled tasks are
+  reported like others.
 """
 
 from __future__ import annotations

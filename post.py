@@ -43,8 +43,6 @@ else:
     from .poller import Poller, patient
 
 _LOGGER = logging.getLogger(__name__)
-KEPT_SECONDS = 60.0
-"""How long a broadcast is kept for a coordinator."""
 _KEPT = 1000
 _NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 
@@ -93,7 +91,9 @@ class Kept:
     def _make_room(self, number: int) -> None:
         kept = sorted(name for name in files.listed(self._pipes) if name.startswith("kept_"))
         excess = max(0, len(kept) + number - _KEPT)
-        old = kept[:excess] + [name for name in kept[excess:] if files.is_older(self._pipes / name, KEPT_SECONDS)]
+        old = kept[:excess] + [
+            name for name in kept[excess:] if files.is_older(self._pipes / name, directories.KEPT_SECONDS)
+        ]
         self._say_dropped(sum(files.remove(self._pipes / name) for name in old))
 
     def _say_dropped(self, count: int) -> None:

@@ -35,7 +35,7 @@ else:
 
 
 class CoordinatorError(RuntimeError):
-    """A coordinator could not be started or stopped; the message says why."""
+    """A coordinator cannot serve, or could not be started or stopped; the message says why."""
 
 
 class Lock:

@@ -6,8 +6,8 @@ in it.
 
 Rules:
 - Nothing is opened: what kind a thing is, its directory says (readdir(3)), so a FIFO cannot block.
-- Names that begin with a dot are drafts, and swept. A task is known by its name alone: one that cannot be read is given
-  up on with a reason.
+- Names that begin with a dot are drafts, or a file manager's: they are nobody's concern. A task is known by its name
+  alone: one that cannot be read is given up on with a reason.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Who subscribes to what, and the life as a worker that this takes.
 
 Strategy: a worker id that was given, the first subscription or the first pull begins a life (``life.py``): an id with
-its lock. Each subscription opens the pipe that it needs, and writes the registry entry anew before it tells the
-coordinator to read it.
+its lock. A subscription opens the pipe that it needs, where there is none yet; what the others have to know is in the
+registry entry before the coordinator is told to read it.
 
 Rules:
 - A subscription that fails halfway is none: it is taken out again.

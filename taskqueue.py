@@ -14,7 +14,7 @@ Rules:
 - Only whoever holds the lock of a worker id touches what lies in its claim directories (``presence.py``). A worker
   that dies while it holds a task leaves it to be given back with one more death in its name:
   ``task_{id}.{deaths}.json``.
-- A task leaves a worker's hands in one place, `Claims.settle`: first its outcome is on its way, then it is moved.
+- A task leaves a worker's hands in one place, `Claims._leave`: first its outcome is on its way, then it is moved.
 - A directory that somebody has removed is made again where it is needed. As long as a task's file is claimed, it is not
   forgotten: a move that failed is tried again at the next look.
 - ``id`` sorts by time of submission, and strictly within one process, even if the clock steps back.
@@ -381,7 +381,7 @@ class Claims:
             return not self._directory.is_dir() and self.queue.move(name, "", self._state)
 
     def settle(self, task: Task, before: Callable[[], None], state: str, reason: str = "") -> bool:
-        """Let a task out of our hands: the one place where that happens.
+        """Let go of a task, as whoever works on it says.
 
         :param before: puts its outcome on its way; called first, and does not wait. If it is interrupted, it is called
             again, since one outcome too many does no harm.

@@ -197,7 +197,8 @@ def checked_out(commit: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="namedpipe-edition-") as name:
         place = str(Path(name, "tree"))
         git = ["git", "-C", str(HERE), "worktree"]
-        subprocess.run([*git, "add", "-q", "--detach", place, commit], check=True)
+        if subprocess.run([*git, "add", "-q", "--detach", place, commit], check=False).returncode:
+            sys.exit(f"There is no commit {commit} to measure against.")
         try:
             yield Path(place)
         finally:
