@@ -23,6 +23,9 @@ import os, sys, time
 import kiwipy
 from pipebroker import PipeCommunicator
 profile, config_path, *arguments = sys.argv[1:]
+def print(*values):
+    # With one write, so that two threads do not mix their lines.
+    sys.stdout.write(" ".join(map(str, values)) + "\\n")
 def communicator(worker_id=None, **options):
     return PipeCommunicator(profile, config_path, worker_id, **options)
 """
