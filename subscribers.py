@@ -157,9 +157,20 @@ class TaskSubscribers:
         """Take up again what was put by, and the outcomes that a signal handler has kept from us."""
         for side in list(self._holdings.sides.values()):
             for future, done in list(side.awaited.values()):
-                if future.done():
+                if _is_done(future):
                     self.lane.put(functools.partial(done, future))
             self._go_on(side)
+
+
+def _is_done(future: kiwipy.Future) -> bool:
+    # Not `done` alone, which waits: a handler that raises in the middle of `set_result` may have left a future of
+    # Python's locked for ever (`threading.Condition.__exit__` is a function, and it is interrupted where it begins).
+    if not future._condition.acquire(blocking=False):
+        return False
+    try:
+        return bool(future.done())
+    finally:
+        future._condition.release()
 
 
 class MessageSubscribers:

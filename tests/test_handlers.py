@@ -7,9 +7,11 @@ from __future__ import annotations
 import re
 import subprocess
 
+import kiwipy
 import pytest
 
-from harness import Broker
+from harness import TIMEOUT, Broker, eventually
+from test_mending import look
 
 # Each says how it went by its last line. A hang is the end of the test's patience.
 PATIENCE = 40.0
@@ -144,11 +146,26 @@ with communicator(fsync=False) as worker, communicator(fsync=False) as sender:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except Interrupt:
                 pass
+        if future._condition._is_owned():
+            future._condition.release()  # Python's own: it was interrupted where it was about to do that.
         if not future.done():
             future.set_result(body)  # Whoever is told by an exception does it again.
     outcomes = [future.result(15).result(15) for future in sent]
     print("right", outcomes == list(range(number)), "again", sum(runs.values()) - number)
 """
+
+
+def test_future_that_an_interruption_has_left_locked_keeps_nobody_from_the_others(served: Broker) -> None:
+    worker, sender, held = served.communicator("worker"), served.communicator(), kiwipy.Future()
+    worker.add_task_subscriber(lambda _, body: held if body == "held" else body)
+    sender.task_send("held")
+    eventually(lambda: any(side.awaited for side in worker._engine.holdings.sides.values()))
+    held._condition.acquire()
+    try:
+        look(worker)
+        assert sender.task_send("other").result(TIMEOUT) == "other"
+    finally:
+        held._condition.release()
 
 
 def test_handler_that_raises_while_a_task_is_completed_neither_loses_nor_repeats_it(served: Broker) -> None:
