@@ -169,6 +169,10 @@ class Child:
         os.kill(self.pid, signal.SIGSTOP)
         os.waitpid(self.pid, os.WUNTRACED)
 
+    def go_on(self) -> None:
+        """Let it go on after `stop`."""
+        os.kill(self.pid, signal.SIGCONT)
+
     def end(self, seconds: float = TIMEOUT) -> int:
         """End its standard input, and return its exit status."""
         assert self.process.stdin is not None and self.process.stdout is not None
