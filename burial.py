@@ -173,14 +173,22 @@ def _give_back(layout: directories.Layout, queue: taskqueue.TaskQueue, worker_id
         _LOGGER.warning("Task %s waits again: its worker died (%s)", new, worker_id)
         return new
     reason = f"{taskqueue.MAX_DEATHS} workers died while they held it"
-    with contextlib.suppress(taskqueue.Unreadable):
-        task = taskqueue.Task.read(queue.file(name, state), name)
-        if not task.no_reply and directories.is_reply_pipe(task.reply_to):
-            text = frames.encode({"correlation_id": task.correlation_id, "exception": reason})
-            fifo.leave(text, layout.pipes / task.reply_to)
+    tell_sender(layout, queue.file(name, state), reason)
     queue.fail(name, state, reason)
     _LOGGER.error("Task %s failed: %s", name, reason)
     return None
+
+
+def tell_sender(layout: directories.Layout, path: str, exception: str) -> None:
+    """Tell whoever sent the task in a file that it will not be done.
+
+    :raises OSError: the file cannot be read, or the message neither sent nor left.
+    """
+    with contextlib.suppress(taskqueue.Unreadable):
+        task = taskqueue.Task.read(path, "")
+        if not task.no_reply and directories.is_reply_pipe(task.reply_to):
+            text = frames.encode({"correlation_id": task.correlation_id, "exception": exception})
+            fifo.leave(text, layout.pipes / task.reply_to)
 
 
 def bury_claimants(layout: directories.Layout, queue: taskqueue.TaskQueue) -> None:

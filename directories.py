@@ -45,6 +45,7 @@ KINDS = ("task", "rpc", "broadcast")
 KEPT_SECONDS = 60.0
 """How long at least a broadcast is kept that found no coordinator."""
 FORMAT = 1
+VERSION = "1.0.0"
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _REPLY = re.compile(r"reply_\d+_[0-9a-f]{32}")
@@ -74,6 +75,11 @@ class Layout:
     def queue(self) -> Path:
         """Holds the default task queue, ``queues/``, ``coordinator.lock`` and ``coordinator.log``."""
         return self.config_path / "coordinator"
+
+    @property
+    def paused(self) -> Path:
+        """The mark that nothing new is to be started, in any queue."""
+        return self.queue / "paused"
 
     def route(self, identifier: str) -> str:
         """Return the path of the symlink that leads to the RPC pipe serving `identifier`. (A `str`, for each call.)"""
@@ -166,39 +172,51 @@ def locate(config_path: str | os.PathLike[str]) -> Layout | None:
     """Find the directories of a configuration without making any; `None` where no broker has ever run."""
     config = _real(config_path)
     recorded = _recorded(config)
-    if recorded is not None:
+    if recorded is not None and not _is_anothers(recorded, config):
         return Layout(config, recorded)
     # Somebody may have removed {config}/pipes; the queue is still there to be looked at.
     said = _read_format(config / "coordinator")
     if said is None:
         return None
     plain, own = _candidates(str(said.get("profile")), config)
-    return Layout(config, own if _belongs(own, config) else plain)
+    return Layout(config, own if _is_anothers(plain, config) or _belongs(own, config) else plain)
 
 
-def read_profile(config_path: str | os.PathLike[str]) -> str | None:
-    """Return the name of the profile whose queue lies in a configuration directory; `None` if that is not known."""
-    said = _read_format(_real(config_path) / "coordinator")
-    return None if said is None else str(said.get("profile"))
+def read_format(config_path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what the queue in a configuration directory says of itself (``format``); nothing, if it says nothing."""
+    return _read_format(_real(config_path) / "coordinator") or {}
+
+
+def configurations() -> Iterator[tuple[Path, Path]]:
+    """Yield the pipes directories of this user, each with the configuration that it is for."""
+    for name in sorted(files.listed("/tmp")):
+        if name.startswith("aiida_") and "_pipes" in name:
+            pipes = Path("/tmp", name)
+            with contextlib.suppress(OSError):
+                status = os.lstat(pipes)
+                if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+                    yield pipes, Path(os.readlink(pipes / _OWNER))
 
 
 def remove_forgotten() -> None:
     """Remove the pipes directories of this user whose configuration is gone."""
-    for name in files.listed("/tmp"):
-        pipes = Path("/tmp", name)
-        if not (name.startswith("aiida_") and "_pipes" in name):
-            continue
+    for pipes, config in configurations():
         with contextlib.suppress(OSError):
-            status = os.lstat(pipes)
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-                continue
-            config = os.readlink(pipes / _OWNER)
-            if os.path.isabs(config) and not os.path.lexists(config) and not any(map(is_read, pipes.iterdir())):
-                for path in pipes.iterdir():
-                    if path.name != _OWNER:
-                        path.unlink()
-                (pipes / _OWNER).unlink()
-                pipes.rmdir()
+            if config.is_absolute() and not files.is_there(config) and not any(map(is_read, pipes.iterdir())):
+                remove_pipes(pipes)
+
+
+def remove_pipes(pipes: Path) -> None:
+    """Remove a pipes directory and what lies in it.
+
+    :raises OSError: something cannot be removed, as a directory that a stranger has put there; the rest is.
+    """
+    for path in pipes.iterdir():
+        if path.name != _OWNER:
+            files.remove(path)
+    if all(path.name == _OWNER for path in pipes.iterdir()):
+        (pipes / _OWNER).unlink()
+    pipes.rmdir()
 
 
 def _real(config_path: str | os.PathLike[str]) -> Path:
@@ -221,10 +239,7 @@ def _check_format(queue: Path, profile: str, profile_uuid: str | None) -> None:
         files.write_whole(queue / "format", json.dumps(ours).encode(), durable=True)
         said = ours
     if said.get("format") != FORMAT:
-        raise DirectoryRefused(
-            f"{queue} has format {said.get('format')!r:.40}, and this version knows {FORMAT}: use the version that "
-            "made it, or set the directory aside."
-        )
+        raise DirectoryRefused(_other_format(queue, said))
     if said.get("profile") != profile:
         raise DirectoryRefused(
             f"{queue} belongs to the profile '{said.get('profile')!s:.200}', not to '{profile}': name that profile, or "
@@ -237,6 +252,13 @@ def _check_format(queue: Path, profile: str, profile_uuid: str | None) -> None:
         )
     if said.get("uuid") is None and profile_uuid is not None:
         files.write_whole(queue / "format", json.dumps(ours).encode(), durable=True)
+
+
+def _other_format(queue: Path, said: dict[str, Any]) -> str:
+    return (
+        f"{queue} has format {said.get('format')!r:.40}, and this version knows {FORMAT}: use the version that "
+        f"made it, or set it aside by 'mv {queue} {queue}.old'."
+    )
 
 
 def _read_format(queue: Path) -> dict[str, Any] | None:
@@ -262,6 +284,14 @@ def _recorded(config: Path) -> Path | None:
         return Path(os.readlink(config / "pipes" / "directory"))
     except OSError:
         return None
+
+
+def _is_anothers(pipes: Path, config: Path) -> bool:
+    """Say whether a directory is marked as another configuration's: this one has been copied from there."""
+    try:
+        return os.readlink(pipes / _OWNER) != str(config)
+    except OSError:
+        return False
 
 
 def _candidates(profile: str, config: Path) -> tuple[Path, Path]:
@@ -300,6 +330,26 @@ def _belongs(pipes: Path, config: Path) -> bool:
         return False
     _refuse_unsafe(pipes)
     return True
+
+
+def check_format(layout: Layout) -> None:
+    """Look whether the queue is one that this version knows.
+
+    :raises DirectoryRefused: it is not; the message says what to do.
+    """
+    said = read_format(layout.config_path)
+    if said and said["format"] != FORMAT:
+        raise DirectoryRefused(_other_format(layout.queue, said))
+
+
+def check(layout: Layout) -> None:
+    """Look whether the directories of a configuration may be used, without making any.
+
+    :raises DirectoryRefused: one may not; the message says why, and what to do.
+    """
+    check_format(layout)
+    if os.path.lexists(layout.pipes) and not _belongs(layout.pipes, layout.config_path):
+        raise DirectoryRefused(f"{layout.pipes} belongs to somebody else now: restart all that runs here.")
 
 
 def _refuse_unsafe(pipes: Path) -> None:

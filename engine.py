@@ -29,6 +29,7 @@ Frames that a communicator sends and receives, by pipe (``frames.py`` says what 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
@@ -258,6 +259,17 @@ class Engine:
         self.poller.catch_up()
         burial.bury_claimants(self.layout, side.queue)
         return self.holdings.pull_each(side, self.subscriptions.ensure_open)
+
+    def drain(self, timeout: float | None) -> bool:
+        """Take no new tasks, and wait until those in hand are done; say whether they are."""
+        self.subscriptions.ensure_open()
+        for side in list(self.holdings.sides.values()):
+            for identifier in list(side.subscribers):
+                with contextlib.suppress(ValueError):  # Somebody else has taken it out.
+                    self.subscriptions.remove_task(side, identifier)
+        idle = self.holdings.wait_until_idle(timeout)
+        self.subscriptions.ensure_open()
+        return idle
 
     # The selector thread
 

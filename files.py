@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from pathlib import Path
 
 _READ_SIZE = 1 << 16
 _DRAFT_KEPT_SECONDS = 3600.0
+_DRAFT = re.compile(r"\..+\.[0-9a-f]{32}|\.\d{20}-[0-9a-f]{8}")
 
 
 class NotAFile(ValueError):
@@ -65,7 +67,7 @@ def write_whole(path: Path, data: bytes, *, durable: bool = False) -> None:
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "wb", buffering=0) as file:
-            write_all(file.fileno(), data)
+            write_all(file.fileno(), data, path)
             if durable:
                 sync(file.fileno())
         draft.rename(path)
@@ -75,11 +77,26 @@ def write_whole(path: Path, data: bytes, *, durable: bool = False) -> None:
         raise
 
 
-def write_all(descriptor: int, data: bytes) -> None:
-    """Write all of it, in as many calls as it takes."""
+def write_all(descriptor: int, data: bytes, path: Path | str) -> None:
+    """Write all of it, in as many calls as it takes.
+
+    :param path: what it is for, to be named by the exception.
+    :raises OSError: it cannot be written.
+    """
     left = memoryview(data)
-    while left:
-        left = left[os.write(descriptor, left) :]
+    try:
+        while left:
+            left = left[os.write(descriptor, left) :]
+    except OSError as error:
+        error.filename = str(path)  # Of which write(2) knows nothing.
+        raise
+
+
+def told(error: Exception) -> str:
+    """Return in one sentence what was wrong; of what the system refused, where."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 def replace_symlink(target: Path | str, link: Path) -> None:
@@ -178,12 +195,17 @@ def remove(path: Path | str) -> bool:
         return False
 
 
+def is_draft(name: str) -> bool:
+    """Say whether a name is one that something half written has here, and no dot-file of somebody else's."""
+    return _DRAFT.fullmatch(name) is not None
+
+
 def sweep_drafts(directory: Path) -> Iterator[bool]:
     """Remove what writers that died left half written, in steps: it yields whether it has removed something."""
-    for name in listed(directory, hidden=True):
+    for name in filter(is_draft, listed(directory, hidden=True)):
         path = directory / name
         try:
             old = os.lstat(path).st_mtime < time.time() - _DRAFT_KEPT_SECONDS
         except OSError:
             continue
-        yield old and name != ".config" and remove(path)
+        yield old and remove(path)

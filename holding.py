@@ -153,6 +153,9 @@ class Holdings:
         self._post = post
         self._reports = reports
         self.lane = lane
+        self._waiters: dict[threading.Lock, bool] = {}
+        """Who waits until nothing is in hand, and whether what was about to be claimed is."""
+        self._closed = False
 
     def claim(self, side: Side, name: str, *, pulled: bool = False) -> taskqueue.Task | None:
         """Claim a task; `None` if somebody else has it, or if it is none, which its sender is told.
@@ -196,7 +199,7 @@ class Holdings:
         side.awaited.pop(task, None)
         if held:
             self.report(side, "done", task.name)
-            self.on_room(side)
+            self._let_go(side)
         return held
 
     def give_back(self, side: Side, task: taskqueue.Task, kind: str = "returned") -> None:
@@ -209,7 +212,41 @@ class Holdings:
             if side.listed:
                 heapq.heappush(side.listed, task.name)
             self.report(side, kind, task.name)
-            self.on_room(side)
+            self._let_go(side)
+
+    def wait_until_idle(self, timeout: float | None) -> bool:
+        """Wait until nothing is in hand, nor about to be; say whether it came to that. Not in the lane.
+
+        :param timeout: for how many seconds at most; `None`: as long as it takes.
+        """
+        # Not an event, whose lock a handler that raises may leave locked, for whoever finishes a task to wait for.
+        idle = threading.Lock()
+        idle.acquire()
+
+        def wait() -> None:
+            if idle in self._waiters:  # Otherwise its time is over.
+                self._waiters[idle] = True
+                self._tell_if_idle()
+
+        self._waiters[idle] = False
+        try:
+            self.lane.start()
+            self.lane.put(wait)  # After what it is just about to claim.
+            # Once it can be found: whoever closes looks for it after saying so.
+            return self._closed or idle.acquire(timeout=-1 if timeout is None else timeout)
+        finally:
+            self._waiters.pop(idle, None)
+
+    def _tell_if_idle(self) -> None:
+        if self._waiters and not any(len(side.claims) for side in list(self.sides.values()) if side.claims is not None):
+            for idle, ready in list(self._waiters.items()):
+                # Taken out by one only, as a lock that is free cannot be let go of.
+                if (ready or self._closed) and self._waiters.pop(idle, None) is not None:
+                    idle.release()
+
+    def _let_go(self, side: Side) -> None:
+        self._tell_if_idle()
+        self.on_room(side)
 
     def report(self, side: Side, kind: str, name: str) -> None:
         """Note what became of a task, for the coordinator. In any thread."""
@@ -219,10 +256,10 @@ class Holdings:
         """Claim the oldest task that waits, of those that waited when the directory was last listed.
 
         :param before_listing: called before the directory is listed.
-        :return: the task; `None` if none waits.
+        :return: the task; `None` if none waits, or all is paused.
         """
         fresh = False
-        while True:
+        while side.claims is not None and not side.claims.is_paused():
             try:
                 name = heapq.heappop(side.listed)
             except IndexError:
@@ -237,6 +274,7 @@ class Holdings:
             task = self._pull(side, name)
             if task is not None:
                 return task
+        return None
 
     def pull_each(self, side: Side, before_each: Callable[[], None]) -> Iterator[taskqueue.Task]:
         """Claim waiting tasks, oldest first, until there are none that have not been offered.
@@ -246,6 +284,8 @@ class Holdings:
         seen: set[str] = set()
         while names := sorted(set(side.queue.names()) - seen):
             for name in names:
+                if side.claims is None or side.claims.is_paused():
+                    return
                 seen.add(name)
                 before_each()
                 task = self._pull(side, name)
@@ -271,13 +311,13 @@ class Holdings:
         """
         for side in list(self.sides.values()):
             if side.claims is not None and side.claims.worker_id != worker_id:
-                side.claims = taskqueue.Claims(side.queue, worker_id)
+                side.claims = taskqueue.Claims(side.queue, worker_id, layout.paused)
         ours = {side.key: side.claims for side in list(self.sides.values()) if side.claims is not None}
         with contextlib.suppress(OSError):
             for key, directory in layout.queues():
                 claims = ours.get(key)
                 if claims is None:
-                    claims = taskqueue.Claims(taskqueue.TaskQueue(directory), worker_id)
+                    claims = taskqueue.Claims(taskqueue.TaskQueue(directory), worker_id, layout.paused)
                 with contextlib.suppress(OSError):  # One bad queue keeps nothing in the others.
                     claims.give_back_strays()
 
@@ -292,6 +332,8 @@ class Holdings:
         for side in list(self.sides.values()):
             for name in side.claims.close() if side.claims is not None else ():
                 self._reports.add(side.key, "returned", name, at_once=False)
+        self._closed = True
+        self._tell_if_idle()
 
     def disown(self) -> None:
         """Hold nothing, in a forked child."""

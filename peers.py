@@ -17,6 +17,7 @@ import contextlib
 import errno
 import functools
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -155,6 +156,9 @@ class Queues:
 
         :param ring: called with a worker id, a queue and names.
         """
+        # What is touched stays so until it can be shared out.
+        if not self._touched or os.path.lexists(self._layout.paused):
+            return
         touched, self._touched = self._touched, {}
         for queue in touched:
             rings, again = queue.scheduler.dispatch(time.monotonic())

@@ -104,6 +104,16 @@ class PipeCommunicator(kiwipy.Communicator):  # type: ignore[misc]
         """
         self._engine.close()
 
+    def drain(self, timeout: float | None = None) -> bool:
+        """Take no new tasks, and wait until those in hand are done; calls and broadcasts are answered on.
+
+        It unsubscribes from all task queues. Not for a subscriber, whose own task would be waited for.
+
+        :param timeout: for how many seconds at most; `None`: as long as it takes.
+        :return: whether nothing is in hand any more. If not, `close` gives it back.
+        """
+        return self._engine.drain(timeout)
+
     def add_rpc_subscriber(self, subscriber: Callable[..., Any], identifier: Any = None) -> Any:
         """Answer the calls for an identifier with ``subscriber(communicator, body)``.
 

@@ -83,7 +83,12 @@ def _draft(path: Path, draft: Path, text: str) -> Iterator[Lock]:
     lock = Lock(path, descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        files.write_all(descriptor, text.encode())
+        try:
+            files.write_all(descriptor, text.encode(), path)
+        except OSError as error:
+            # Where the disk is full, somebody has to work off what is on it; the pid is for people.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
         yield lock
     except BaseException:
         lock.release()  # In place or not: nobody gets it.
@@ -232,6 +237,8 @@ class Worker:
     broadcast: bool = False
     listens_since: float = 0.0
     """Since when it subscribes to broadcasts, in seconds since the epoch."""
+    version: str = ""
+    """Of the broker that it runs with; '' if that is an old one."""
 
     @classmethod
     def read(cls, path: Path) -> Worker:
@@ -247,6 +254,7 @@ class Worker:
                 is_worker_id(worker.worker_id)
                 and is_reply_pipe(worker.reply)
                 and isinstance(worker.pid, int)
+                and isinstance(worker.version, str)
                 and all(isinstance(at, int | float) and 0 <= at < 1e11 for at in (worker.since, worker.listens_since))
                 and all(key == "" or is_quoted(key) for key in worker.queues)
                 and all(isinstance(count, int) and count >= 0 for count in worker.queues.values())

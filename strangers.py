@@ -29,7 +29,7 @@ Entry: TypeAlias = "os.DirEntry[str]"
 
 _INTAKES = (directories.TASKS_INTAKE, directories.BROADCAST_INTAKE)
 _QUEUE = re.compile(r"claimed|completed|failed|name")
-_DEFAULT_QUEUE = re.compile(r"claimed|completed|failed|queues|format|coordinator\.lock|coordinator\.log(\.\d)?")
+_DEFAULT_QUEUE = re.compile(r"claimed|completed|failed|queues|format|paused|coordinator\.lock|coordinator\.log(\.\d)?")
 
 
 def strangers(layout: directories.Layout) -> Iterator[str]:

@@ -148,7 +148,7 @@ class Subscriptions:
             self.ensure_open()
             life = self.live(None)
             if side.claims is None:
-                claims = taskqueue.Claims(side.queue, life.worker_id)
+                claims = taskqueue.Claims(side.queue, life.worker_id, self._layout.paused)
                 side.claims = claims if side.claims is None else side.claims
 
     def live(self, worker_id: str | None) -> Life:
@@ -256,6 +256,7 @@ class Subscriptions:
             rpc=f"rpc_{life.worker_id}" in life.pipes,
             broadcast=listens,
             listens_since=self._listens_since if listens else 0.0,
+            version=directories.VERSION,
         )
 
     def look(self) -> None:
@@ -321,7 +322,7 @@ class Subscriptions:
         if life is not None:
             life.leave()
             self._post.ring({"type": "register", "worker": life.worker_id})
-            self._holdings.close()
+        self._holdings.close()
 
     def end(self) -> None:
         """Close the pipes, and let go of the id. In the selector thread."""

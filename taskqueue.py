@@ -171,7 +171,7 @@ class TaskQueue:
         try:
             descriptor = self._create(draft)
             try:
-                files.write_all(descriptor, text.encode())
+                files.write_all(descriptor, text.encode(), path)
                 os.rename(draft, path)
                 announce()
                 if self._fsync:
@@ -330,8 +330,12 @@ class Claims:
     be a second time. What somebody has pulled and lost, as a handler raised before it came to him, is given back there.
     """
 
-    def __init__(self, queue: TaskQueue, worker_id: str) -> None:
+    def __init__(self, queue: TaskQueue, worker_id: str, paused: Path) -> None:
+        """
+        :param paused: the mark that nothing new is to be started.
+        """
         self.queue = queue
+        self._paused = str(paused)
         self.worker_id = worker_id
         self._state = f"claimed/{worker_id}"
         self._directory = queue.directory / self._state
@@ -345,8 +349,12 @@ class Claims:
     def __len__(self) -> int:
         return len(self._held)
 
+    def is_paused(self) -> bool:
+        """Say whether nothing new is to be started."""
+        return os.path.lexists(self._paused)
+
     def take(self, name: str, *, pulled: bool = False) -> Task | None:
-        """Claim a waiting task; `None` if somebody else has it (losing that race is normal).
+        """Claim a waiting task; `None` if somebody else has it (losing that race is normal), or all is paused.
 
         :param pulled: it is in hand only as long as somebody refers to what is returned.
         :raises Unreadable: it was no task; it goes to ``failed/``.
@@ -359,6 +367,10 @@ class Claims:
             try:
                 if not self._claim(name):
                     del self._leaving[name]
+                    return None
+                # Asked once the task is ours: whoever has paused sees in our claims all that was not given back.
+                if self.is_paused():
+                    self._leave(name, "")
                     return None
                 task = Task.read(self.queue.file(name, self._state), name)
             except Unreadable as error:

@@ -239,13 +239,16 @@ def test_strangers_thing_in_place_of_one_pipe_keeps_nothing_from_the_others(brok
 
 def test_half_written_reasons_are_swept(broker: Broker) -> None:
     broker.communicator()
-    drafts = [broker.queue / place / ".task_1.reason.0" for place in ("", "claimed", "completed", "failed")]
-    for draft in drafts:
-        draft.write_text("half")
-        os.utime(draft, (1, 1))
+    draft = f".task_1.reason.{'0' * 32}"
+    drafts = [broker.queue / place / draft for place in ("", "claimed", "completed", "failed")]
+    drafts.append(broker.queue / f".{taskqueue.new_id()}")
+    others = [broker.queue / name for name in (".gitignore", ".task_1.json.swp", ".nfs000000000000000100000002")]
+    for path in drafts + others:
+        path.write_text("half")
+        os.utime(path, (1, 1))
     for _ in taskqueue.TaskQueue(broker.queue).sweep():
         pass
-    assert not any(draft.exists() for draft in drafts)
+    assert not any(path.exists() for path in drafts) and all(path.exists() for path in others)
 
 
 # Broadcasts
@@ -445,13 +448,14 @@ def test_requeue_says_what_it_did_and_overwrites_nothing(broker: Broker) -> None
     for place in ("", "failed"):
         (broker.queue / place / "task_1.json").write_text(json.dumps({"body": place}))
     (broker.queue / "failed" / "task_2.json").write_text('{"body": 2}')
-    assert broker.run("requeue", "2", "2") == ""
-    assert "is called 1" in broker.run("requeue", "1", status=1)
+    assert broker.run("requeue", "2", "2") == "Requeued 2.\n"
+    assert "task 1 waits already" in broker.run("requeue", "1", status=1)
     assert json.loads((broker.queue / "task_1.json").read_text()) == {"body": ""}
 
 
 @pytest.mark.parametrize("command", ["status", "--help"])
 def test_answer_that_cannot_be_printed_is_said(broker: Broker, command: str) -> None:
+    broker.communicator()
     with open("/dev/full", "w") as full:
         command = [*COORDINATOR, "--profile", broker.profile, "--config-path", broker.config_path, command]
         said = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
