@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
 
@@ -391,21 +391,32 @@ def growth() -> dict[str, Any]:
     for depth in (0, 1000, 10_000, 100_000):
         progress(f"{depth} waiting tasks")
         tables["waiting tasks"].append((depth, _with_waiting(depth)))
+    progress("what an operator waits for")
+    waits = operator()
     progress("")
-    return {"machine": machine(), "growth": tables}
+    return {"machine": machine(), "growth": tables, "operator": waits}
+
+
+@contextlib.contextmanager
+def _forked_workers(name: str, place: str, count: int) -> Iterator[BinaryIO]:
+    """Have so many workers; give what tells of each broadcast that one of them hears."""
+    read_end, write_end = os.pipe()
+    # Forked, as a hundred interpreters take long to start.
+    template = subprocess.Popen(
+        [sys.executable, __file__, "fork", place, str(count), str(write_end)],
+        pass_fds=(write_end,), stdin=subprocess.PIPE,
+    )  # fmt: skip
+    os.close(write_end)
+    with open(read_end, "rb", buffering=0) as heard:
+        eventually(lambda: len(control.status(name)["workers"]) == count)
+        yield heard
+        template.communicate()
+        eventually(lambda: not control.status(name)["workers"])
 
 
 def _with_workers(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(prefix="namedpipe-benchmark-") as name, pipes(Path(name)) as (place, pid):
-        read_end, write_end = os.pipe()
-        # Forked, as a hundred interpreters take long to start.
-        template = subprocess.Popen(
-            [sys.executable, __file__, "fork", place, str(count), str(write_end)],
-            pass_fds=(write_end,), stdin=subprocess.PIPE,
-        )  # fmt: skip
-        os.close(write_end)
-        with open(read_end, "rb", buffering=0) as heard, PipeCommunicator(PROFILE, name, fsync=False) as sender:
-            eventually(lambda: len(control.status(name)["workers"]) == count)
+        with _forked_workers(name, place, count) as heard, PipeCommunicator(PROFILE, name, fsync=False) as sender:
             before, begin = processor_seconds(pid), time.perf_counter()
             many(sender.task_send, 4000)
             tasks = 4000 / (time.perf_counter() - begin)
@@ -417,8 +428,6 @@ def _with_workers(count: int) -> dict[str, float]:
             while left:
                 left -= len(heard.read(left) or b"")
             deliveries = 20 * count / (time.perf_counter() - begin)
-            template.communicate()
-            eventually(lambda: not control.status(name)["workers"])
         return {
             "tasks (/s)": tasks,
             "coordinator's time for a task (µs)": 1e6 * spent / 4000,
@@ -462,6 +471,24 @@ def _with_waiting(depth: int) -> dict[str, float]:
             return {"coordinator starts in (ms)": 1e3 * started, "task_send (µs)": 1e6 * statistics.median(times)}
 
 
+def operator() -> dict[str, float]:
+    """Return the milliseconds that an operator waits for commands, with 100,000 tasks and 300 workers."""
+    with tempfile.TemporaryDirectory(prefix="namedpipe-benchmark-") as name, pipes(Path(name)) as (place, _):
+        queue = taskqueue.TaskQueue(Path(name, "coordinator", "queues", "operator"), fsync=False)
+        for number in range(100_000):
+            queue.put(taskqueue.new_id(), json.dumps({"body": number, "no_reply": True}), lambda: None)
+        ours = [sys.executable, str(HERE / "coordinator.py"), "--profile", PROFILE, "--config-path", name]
+        commands = {"Python itself": [sys.executable, "-c", "pass"]}
+        commands |= {command: [*ours, *command.split()] for command in ("--version", "status", "tasks --limit 10")}
+        times: dict[str, list[float]] = collections.defaultdict(list)
+        with _forked_workers(name, place, 300):
+            for command in list(commands) * 7:
+                begin = time.perf_counter()
+                subprocess.run(commands[command], check=True, stdout=subprocess.DEVNULL)
+                times[command].append(1e3 * (time.perf_counter() - begin))
+    return {command: statistics.median(each) for command, each in times.items()}
+
+
 # The command
 
 
@@ -483,6 +510,9 @@ def print_growth(answer: dict[str, Any]) -> None:
         print(f"\n| {title} | {' | '.join(names)} |\n|---:|{'---:|' * len(names)}")
         for key, values in rows:
             print(f"| {key:,} | " + " | ".join(f"{values[name]:,.0f}" for name in names) + " |")
+    print("\n| with 100,000 tasks and 300 workers | ms |\n|---|---:|")
+    for command, milliseconds in answer["operator"].items():
+        print(f"| {f'`{command}`' if command != 'Python itself' else command} | {milliseconds:.0f} |")
 
 
 def draw(answer: dict[str, Any], path: Path) -> None:
