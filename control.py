@@ -1,7 +1,7 @@
-"""What an operator asks of a coordinator: start, stop, status, tasks … as functions, and their command line.
+"""What an operator does with the coordinator of a profile, and asks of it: start, stop, pause, drain, status.
 
 Strategy: what is asked is read from the disk, so it has an answer whether or not a coordinator runs; and the
-coordinator's lock says whether one does. The functions return data and print nothing; the command line prints it.
+coordinator's lock says whether one does. The functions return data and print nothing; ``control_line.py`` prints it.
 
 Rules:
 - No question is put to a running coordinator, so that one that hangs can be looked into as well.
@@ -11,18 +11,16 @@ Rules:
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import fcntl
-import io
 import json
 import os
 import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,16 +33,20 @@ if TYPE_CHECKING or not __package__:
 else:
     from . import directories, fifo, files, presence, taskqueue
 
-_STATES = tuple(taskqueue.PLACES)
+STATES = tuple(taskqueue.PLACES)
 _PATIENCE_SECONDS = 12.0  # Longer than the ten seconds after which one whose intake was removed hears us again.
 
-Serve = Callable[[str, Path, int | None], None]
-"""Serves in the foreground, as `coordinator.serve` does."""
+
+class TimedOut(presence.CoordinatorError):
+    """What was waited for has not come about in time."""
 
 
-def start(profile_name: str, config_path: str | os.PathLike[str]) -> int:
+def start(
+    profile_name: str, config_path: str | os.PathLike[str], warn: Callable[[str], object] = lambda warning: None
+) -> int:
     """Start a coordinator in the background, and wait until it serves.
 
+    :param warn: told what it cannot do though it serves.
     :return: its pid.
     :raises presence.CoordinatorError: it did not start; the message says why.
     """
@@ -73,7 +75,10 @@ def start(profile_name: str, config_path: str | os.PathLike[str]) -> int:
         raise presence.CoordinatorError(
             said.strip() or "the coordinator ended before it served: coordinator.log beside the queue may say why"
         )
-    return int(said.split()[1])
+    _, pid, *warnings = said.strip().split(" ", 2)
+    for warning in warnings:
+        warn(warning)
+    return int(pid)
 
 
 def _pipe() -> tuple[int, int]:
@@ -119,54 +124,80 @@ def stop(config_path: str | os.PathLike[str]) -> int | None:
     return pid
 
 
-def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read from the disk how things are; the answer is what ``status --json`` prints."""
-    layout = directories.locate(config_path)
-    said = presence.coordinator(layout) if layout else None
-    in_hand: collections.Counter[str] = collections.Counter()
-    counts = dict.fromkeys(_STATES, 0)
-    for queue in _existing_queues(layout).values():
-        counts["waiting"] += sum(1 for _ in queue.names())
-        counts["failed"] += sum(1 for _ in queue.names("failed"))
-        counts["completed"] += _recently_completed(queue)
-        in_hand.update(claim for claim, _ in queue.claimed())
-    counts["claimed"] = in_hand.total()
-    return {
-        "running": said is not None,
-        "pid": said.get("pid") if said else None,
-        "since": said.get("since") if said else None,
-        "pipes": str(layout.pipes) if layout else None,
-        "tasks": counts,
-        "workers": _live_workers(layout, in_hand, (said or {}).get("dropped")) if layout else [],
-    }
+def pause(config_path: str | os.PathLike[str]) -> bool:
+    """Start nothing new in any queue, until `resume`; say whether it was not so already.
 
-
-def tasks(config_path: str | os.PathLike[str], state: str | None = None) -> list[dict[str, Any]]:
-    """List the tasks, oldest first; the answer is what ``tasks --json`` prints.
-
-    A task that moves on meanwhile is listed once, in the state where it was met last.
-
-    :param state: 'waiting', 'claimed', 'completed' or 'failed' (default: all).
+    :raises presence.CoordinatorError: no broker has run there.
     """
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    layout = directories.locate(config_path)
-    for key, queue in _existing_queues(layout).items():
-        name = _queue_name(layout, key) if layout is not None else ""
-        for place in _STATES:
-            if state in (None, place):
-                rows.update(((key, row["id"]), row) for row in _rows(name, queue, place))
-    return sorted(rows.values(), key=lambda row: str(row["id"]))
+    mark = find(config_path).paused
+    if os.path.lexists(mark):
+        return False
+    files.write_whole(mark, b"", durable=True)
+    files.sync_directory(mark.parent)
+    return True
 
 
-def requeue(config_path: str | os.PathLike[str], task_id: str) -> bool:
-    """Move a failed or completed task back to waiting; say whether there was one."""
+def resume(config_path: str | os.PathLike[str]) -> bool:
+    """Go on after `pause`; say whether it was paused.
+
+    :raises presence.CoordinatorError: no broker has run there, or the mark cannot be removed.
+    """
+    layout = find(config_path)
+    if not os.path.lexists(layout.paused):
+        return False
+    os.unlink(layout.paused)
+    # Whoever misses this sees it at its next look.
+    fifo.knock(layout.pipes / directories.TASKS_INTAKE, {"type": "look"})
+    return True
+
+
+def drain(config_path: str | os.PathLike[str], timeout: float | None = None) -> list[dict[str, Any]]:
+    """Pause, stay paused, and wait until nothing is in the hands of a live worker.
+
+    :param timeout: for how many seconds at most; `None`: as long as it takes.
+    :return: the workers that still hold tasks: ``worker_id``, ``pid`` (`None`: not known) and ``in_hand``.
+    :raises presence.CoordinatorError: no broker has run there.
+    """
+    layout = find(config_path)
+    pause(config_path)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        in_hand = collections.Counter(claim for queue in queues(layout).values() for claim, _ in queue.claimed())
+        busy = [
+            _busy(layout, worker_id, number) for worker_id, number in in_hand.items() if _is_alive(layout, worker_id)
+        ]
+        left = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
+        if not busy or left <= 0:
+            return busy
+        # No event tells of another's claims, and a person watches.
+        select.select([], [], [], left)
+
+
+def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read from the disk how things are; the answer is what ``status --json`` prints, and the README explains."""
     layout = directories.locate(config_path)
-    for key, queue in _existing_queues(layout).items():
-        name = queue.requeue(task_id)
-        if name is not None and layout is not None:
-            fifo.knock(layout.pipes / directories.TASKS_INTAKE, {"type": "task", "queue": key, "name": name})
-            return True
-    return False
+    said = (presence.coordinator(layout) if layout else None) or {}
+    in_hand: collections.Counter[str] = collections.Counter()
+    rows = [_queue_row(layout, key, queue, in_hand) for key, queue in queues(layout).items()] if layout else []
+    workers = _live_workers(layout, in_hand, said.get("dropped")) if layout else []
+    for row in rows:
+        row["subscribers"] = sum(1 for worker in workers if row["name"] in worker["queues"])
+    return {
+        "running": bool(said),
+        "pid": said.get("pid"),
+        "since": said.get("since"),
+        "coordinator_version": said.get("version"),
+        "version_here": directories.VERSION,
+        "format": directories.read_format(config_path).get("format"),
+        "paused": layout is not None and os.path.lexists(layout.paused),
+        "pipes": str(layout.pipes) if layout else None,
+        "directory": str(layout.config_path) if layout else str(config_path),
+        "tasks": {state: sum(row[state] for row in rows) for state in STATES},
+        "done_in_the_last_minute": sum(row["done_in_the_last_minute"] for row in rows),
+        "oldest_waiting_seconds": max((row["oldest_waiting_seconds"] or 0 for row in rows), default=0) or None,
+        "queues": rows,
+        "workers": workers,
+    }
 
 
 def configure(profile_name: str, *, autostart: bool = True) -> None:
@@ -190,12 +221,39 @@ def configure(profile_name: str, *, autostart: bool = True) -> None:
 # What the answers are made of
 
 
-def _existing_queues(layout: directories.Layout | None) -> dict[str, taskqueue.TaskQueue]:
-    found = layout.queues() if layout is not None else ()
-    return {key: taskqueue.TaskQueue(directory) for key, directory in found if directory.is_dir()}
+def find(config_path: str | os.PathLike[str]) -> directories.Layout:
+    """Return where things are.
+
+    :raises presence.CoordinatorError: no broker has run there.
+    :raises directories.DirectoryRefused: the queue has a format that this version does not know.
+    """
+    layout = directories.locate(config_path)
+    if layout is None:
+        raise presence.CoordinatorError(f"no broker has ever run in {config_path}: is this the profile's directory?")
+    directories.check_format(layout)
+    return layout
 
 
-def _queue_name(layout: directories.Layout, key: str) -> str:
+def expect(config_path: Path) -> None:
+    """Look whether a directory is a profile's, though no broker may have run there yet.
+
+    :raises presence.CoordinatorError: it is none, as far as can be known.
+    :raises OSError: it cannot be looked at.
+    """
+    if directories.locate(config_path) is None and not config_path.is_dir():
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+            known = json.loads(files.read(config_path.parent.parent / "config.json"))["profiles"]  # AiiDA's.
+            if config_path.name in known:
+                return
+        find(config_path)
+
+
+def queues(layout: directories.Layout) -> dict[str, taskqueue.TaskQueue]:
+    """Return the queues that there are, by key."""
+    return {key: taskqueue.TaskQueue(directory) for key, directory in layout.queues() if directory.is_dir()}
+
+
+def queue_name(layout: directories.Layout, key: str) -> str:
     """Return a queue's name as its user wrote it."""
     with contextlib.suppress(OSError, files.NotAFile):
         if key:
@@ -203,14 +261,47 @@ def _queue_name(layout: directories.Layout, key: str) -> str:
     return key or "default"
 
 
-def _recently_completed(queue: taskqueue.TaskQueue) -> int:
-    kept = taskqueue.COMPLETED_KEPT_SECONDS
-    limit = f"{time.time_ns() - int(kept * 1e9):020d}"
-    return sum(
-        1
-        for name in queue.names("completed")
-        if name >= limit or not files.is_older(queue.file(name, "completed"), kept)
-    )
+def ring(layout: directories.Layout, key: str, name: str) -> None:
+    """Tell the coordinator that a task waits; if it does not hear, it sees it at its next look."""
+    fifo.knock(layout.pipes / directories.TASKS_INTAKE, {"type": "task", "queue": key, "name": name})
+
+
+def age(task_id: str) -> float | None:
+    """Return how many seconds ago a task was sent, by its id; `None` if that does not say."""
+    sent = task_id[:20]
+    return max(0.0, time.time() - int(sent) / 1e9) if len(sent) == 20 and sent.isdecimal() else None
+
+
+def _queue_row(
+    layout: directories.Layout, key: str, queue: taskqueue.TaskQueue, in_hand: collections.Counter[str]
+) -> dict[str, Any]:
+    waiting, oldest = 0, "~"
+    for name in queue.names():
+        waiting += 1
+        oldest = min(oldest, name)
+    held = collections.Counter(claim for claim, _ in queue.claimed())
+    in_hand.update(held)
+    day, minute = _recently_completed(queue)
+    return {
+        "name": queue_name(layout, key),
+        "waiting": waiting,
+        "claimed": held.total(),
+        "completed": day,
+        "failed": sum(1 for _ in queue.names("failed")),
+        "done_in_the_last_minute": minute,
+        "oldest_waiting_seconds": age(oldest) if waiting else None,
+    }
+
+
+def _recently_completed(queue: taskqueue.TaskQueue) -> tuple[int, int]:
+    """Return how many tasks are completed, and how many of them in the last minute, as far as they are kept."""
+    now, day, minute = time.time(), 0, 0
+    for name in queue.names("completed"):
+        with contextlib.suppress(OSError):
+            ago = now - os.lstat(queue.file(name, "completed")).st_ctime
+            day += ago < taskqueue.COMPLETED_KEPT_SECONDS
+            minute += ago < 60.0
+    return day, minute
 
 
 def _live_workers(
@@ -224,7 +315,8 @@ def _live_workers(
             "worker_id": worker.worker_id,
             "pid": worker.pid,
             "since": worker.since,
-            "queues": {_queue_name(layout, key): prefetch for key, prefetch in worker.queues.items()},
+            "version": worker.version,
+            "queues": {queue_name(layout, key): prefetch for key, prefetch in worker.queues.items()},
             "rpc": routes[f"rpc_{worker.worker_id}"],
             "broadcast": worker.broadcast,
             "in_hand": in_hand[worker.worker_id],
@@ -235,193 +327,16 @@ def _live_workers(
     ]
 
 
+def _busy(layout: directories.Layout, worker_id: str, in_hand: int) -> dict[str, Any]:
+    # By its lock, as somebody may have removed its entry.
+    pid = None
+    with contextlib.suppress(OSError, ValueError):
+        pid = presence.Worker.read(layout.entry(worker_id)).pid
+    return {"worker_id": worker_id, "pid": pid, "in_hand": in_hand}
+
+
 def _is_alive(layout: directories.Layout, worker_id: str) -> bool:
     try:
         return presence.is_alive(layout, worker_id)
     except OSError:
         return False  # Somebody has put something else where its lock should be.
-
-
-def _rows(queue_name: str, queue: taskqueue.TaskQueue, state: str) -> Iterator[dict[str, Any]]:
-    found: Iterator[tuple[str | None, str]]
-    if state == "claimed":
-        found = iter(queue.claimed())
-    else:
-        found = ((None, name) for name in queue.names(taskqueue.PLACES[state]))
-    for worker_id, name in found:
-        task_id, deaths = taskqueue.split(name)
-        yield {
-            "id": task_id,
-            "state": state,
-            "queue": queue_name,
-            "deaths": deaths,
-            "worker": worker_id,
-            "reason": queue.reason(name, "failed") if state == "failed" else None,
-        }
-
-
-# The command line
-
-
-def main(arguments: list[str] | None, serve: Serve) -> int:
-    """Run the command line; return the exit status.
-
-    :param serve: what serves in the foreground.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            with contextlib.suppress(OSError):
-                stream.reconfigure(errors="backslashreplace")  # A name may have what the terminal has not.
-    try:
-        status, answer = _obey(_options(arguments), serve)
-        _print(answer)
-        return status
-    except (RuntimeError, OSError, ValueError) as error:
-        if sys.stderr is not None:  # As it is where somebody has closed it.
-            print(f"coordinator.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-
-
-def _options(arguments: list[str] | None) -> argparse.Namespace:
-    try:
-        return _parser().parse_args(arguments)
-    except SystemExit:
-        _print("")  # It may have printed its help.
-        raise
-
-
-def _print(answer: str) -> None:
-    """Print an answer, and write out what is printed.
-
-    :raises presence.CoordinatorError: that cannot be done, unless whoever read it has seen enough.
-    """
-    if sys.stdout is None:
-        return
-    try:
-        print(answer, end="\n" if answer else "", flush=True)
-    except OSError as error:
-        # Nor may Python complain of it when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(error, BrokenPipeError):
-            raise presence.CoordinatorError(f"what it has to say cannot be printed: {error.strerror}") from error
-
-
-def _config_path(options: argparse.Namespace) -> Path:
-    """Return the profile's directory.
-
-    :raises ValueError: the name would lead elsewhere, or the directory is another profile's.
-    """
-    name = options.profile
-    if options.config_path == "":
-        raise ValueError("--config-path is empty; name the profile's directory by it")
-    if options.config_path is None and (name in ("", ".", "..") or "/" in name or "\0" in name):
-        raise ValueError(f"{name!r} is no name of a profile; name its directory by --config-path")
-    config_path = Path(options.config_path or f"~/.aiida/profiles/{name}").expanduser().absolute()
-    known = directories.read_profile(config_path)
-    if known not in (None, name) and options.command is not None:
-        raise ValueError(f"{config_path} belongs to the profile '{known}', not to '{name}'")
-    return config_path
-
-
-def _obey(options: argparse.Namespace, serve: Serve) -> tuple[int, str]:
-    """Carry out a command; return the exit status, and what is to be printed."""
-    config_path = _config_path(options)
-    if options.command is None or (options.command == "start" and options.foreground):
-        serve(options.profile, config_path, options.ready_descriptor)
-        return 0, ""
-    if options.command == "start":
-        return 0, f"Started the coordinator, pid {start(options.profile, config_path)}."
-    if options.command == "stop":
-        pid = stop(config_path)
-        return 0, "The coordinator is not running." if pid is None else f"Stopped the coordinator, pid {pid}."
-    if options.command == "restart":
-        stop(config_path)
-        return 0, f"Restarted the coordinator, pid {start(options.profile, config_path)}."
-    if options.command == "status":
-        said = status(config_path)
-        text = json.dumps(said, indent=1) if options.json else _status_text(said, config_path)
-        return 0 if said["running"] else 3, text
-    if options.command == "tasks":
-        rows = tasks(config_path, options.state)
-        return 0, json.dumps(rows, indent=1) if options.json else "\n".join(map(_row_text, rows))
-    if options.command == "requeue":
-        wanted = dict.fromkeys(options.task_ids)
-        unknown = [task_id for task_id in wanted if not requeue(config_path, task_id)]
-        if unknown:
-            raise presence.CoordinatorError(f"no failed or completed task is called {', '.join(unknown)}")
-        return 0, ""
-    configure(options.profile, autostart=options.autostart)
-    return 0, f"Profile {options.profile} uses the named pipe broker now. Restart its daemon if it runs."
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="coordinator.py",
-        description="Shares out tasks and fans out broadcasts between the processes of one profile. "
-        "Without a command it runs in the foreground.",
-    )
-    parser.add_argument("--profile", required=True, metavar="NAME", help="the profile's name")
-    parser.add_argument(
-        "--config-path", metavar="DIR", help="the profile's directory (default: ~/.aiida/profiles/NAME)"
-    )
-    parser.add_argument("--ready-descriptor", type=int, help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    command = commands.add_parser("start", help="start it in the background, and return when it serves")
-    command.add_argument(
-        "--foreground", action="store_true", help="stay in the foreground, and log to the terminal too"
-    )
-    commands.add_parser("stop", help="stop it, and return when it is gone")
-    commands.add_parser("restart", help="stop it if it runs, and start it")
-    command = commands.add_parser("status", help="say how things are; exit status 0 if it runs, 3 if not")
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command = commands.add_parser("tasks", help="list the tasks on disk, oldest first")
-    command.add_argument("--state", choices=_STATES, help="only these")
-    command.add_argument("--json", action="store_true", help="print JSON")
-    command = commands.add_parser("configure", help="point the AiiDA profile of this name at this broker")
-    command.add_argument(
-        "--no-autostart", dest="autostart", action="store_false", help="start no coordinator when one is needed"
-    )
-    command = commands.add_parser("requeue", help="move failed or completed tasks back to waiting")
-    command.add_argument("task_ids", nargs="+", metavar="TASK_ID", help="as the command 'tasks' prints it")
-    return parser
-
-
-def _status_text(answer: dict[str, Any], config_path: Path) -> str:
-    state = (
-        f"running, pid {answer['pid']}, since {_local_time(answer['since'])}" if answer["running"] else "not running"
-    )
-    if answer["pipes"] is None:
-        return f"Coordinator: not running; no broker has run in {config_path} (is this the profile's directory?)"
-    counts = answer["tasks"]
-    lines = [
-        f"Coordinator: {state}",
-        f"Pipes:       {answer['pipes']}",
-        f"Tasks:       {counts['waiting']} waiting, {counts['claimed']} claimed, "
-        f"{counts['completed']} completed in the last 24 h, {counts['failed']} failed",
-        f"Workers:     {len(answer['workers'])}",
-    ]
-    for worker in answer["workers"]:
-        queues = ", ".join(f"{name} (prefetch {count or 'unlimited'})" for name, count in worker["queues"].items())
-        lines.append(
-            f"  {worker['worker_id']}: pid {worker['pid']}, since {_local_time(worker['since'])}, "
-            f"tasks: {queues or 'none'}, RPC identifiers: {worker['rpc']}, "
-            f"broadcasts: {'yes' if worker['broadcast'] else 'no'} ({worker['broadcasts_dropped']} dropped), "
-            f"in hand: {worker['in_hand']}"
-        )
-    return "\n".join(lines)
-
-
-def _row_text(row: dict[str, Any]) -> str:
-    details = [f"queue {row['queue']}", f"deaths {row['deaths']}"]
-    details += [f"worker {row['worker']}"] if row["worker"] else []
-    details += [row["reason"]] if row["reason"] else []
-    return f"{row['id']}  {row['state']:9}  {', '.join(details)}"
-
-
-def _local_time(seconds: float | None) -> str:
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "?"
-    except (TypeError, ValueError, OverflowError, OSError):
-        return "?"  # Somebody has written it by hand.

@@ -22,12 +22,9 @@ import contextlib
 import functools
 import json
 import logging
-import logging.handlers
 import os
 import random
-import resource
 import selectors
-import signal
 import stat
 import sys
 import time
@@ -43,12 +40,13 @@ if TYPE_CHECKING or not __package__:
     import files
     import frames
     import presence
+    import service
     import strangers
     from peers import Peers, Queues
     from poller import Poller
     from readers import Pipes
 else:
-    from . import bodies, burial, directories, fifo, files, frames, presence, strangers
+    from . import bodies, burial, directories, fifo, files, frames, presence, service, strangers
     from .peers import Peers, Queues
     from .poller import Poller
     from .readers import Pipes
@@ -85,16 +83,20 @@ class PipeCoordinator:
         self._peers = Peers(self.layout, self._poller, self._queues)
         self._intakes = Pipes(self.layout.pipes, self._poller, keep=True)
         self._stopping = False
+        self._refused: directories.DirectoryRefused | None = None
+        """Why it can serve nobody any more."""
         self._since = time.time()
         self._written = ""
         self._strangers: set[str] = set()
         """What was there at the last look and is none of ours."""
 
-    def run(self, on_ready: Callable[[], None] = lambda: None) -> None:
+    def run(self, on_ready: Callable[[], None] = lambda: None, on_end: Callable[[], None] = lambda: None) -> None:
         """Serve until `stop`.
 
         :param on_ready: called once it serves.
+        :param on_end: called when it begins to end.
         :raises presence.CoordinatorError: another one still reads the pipes.
+        :raises directories.DirectoryRefused: it could serve nobody any more, as its lock or directory was taken away.
         """
         try:
             self._start()
@@ -105,14 +107,23 @@ class PipeCoordinator:
             while not self._stopping:
                 self._queues.dispatch(self._peers.ring)
                 self._poller.poll()
+            if self._refused is not None:
+                raise self._refused
         finally:
+            on_end()
             self._end()
 
     def stop(self) -> None:
         """End `run` in an orderly way. Safe in any thread, and in a signal handler."""
-        self._poller.call(self._stop)
+        self.call(lambda: self.end("its own process"))
 
-    def _stop(self) -> None:
+    def call(self, job: Callable[[], object]) -> None:
+        """Have something done in the thread of `run`. Safe in any thread, and in a signal handler."""
+        self._poller.call(job)
+
+    def end(self, why: str) -> None:
+        """End `run`, and say why. In its thread."""
+        _LOGGER.info("Told to end by %s", why)
         self._stopping = True
 
     def _start(self) -> None:
@@ -170,7 +181,7 @@ class PipeCoordinator:
         self._peers.suspects.bury()
 
     def _write_entry(self) -> None:
-        entry = {"profile": self.profile_name, "pid": os.getpid(), "since": self._since}
+        entry = {"profile": self.profile_name, "pid": os.getpid(), "since": self._since, "version": directories.VERSION}
         text = json.dumps({**entry, "pipes": str(self.layout.pipes), "dropped": self._peers.dropped()}, indent=1)
         path = self.layout.registry / "coordinator.json"
         if text != self._written or not path.exists():
@@ -198,7 +209,7 @@ class PipeCoordinator:
         elif kind == "look":
             self._look_at_self()
         elif kind == "stop" and message["pid"] in (os.getpid(), 0):
-            self._stop()
+            self.end("the command 'stop'")
         elif kind == "stop":
             pass  # It was for another one, which has been killed since.
         else:
@@ -263,8 +274,7 @@ class PipeCoordinator:
                 raise directories.DirectoryRefused(f"{self._lock.path} is gone")
             directories.remake(self.layout)
         except directories.DirectoryRefused as error:
-            _LOGGER.error("The coordinator ends, since it can serve nobody any more: %s", error)
-            self._stopping = True
+            self._refused, self._stopping = error, True
             return
         self._intakes.look()
 
@@ -297,10 +307,10 @@ def _said(what: str) -> Iterator[None]:
 
 
 def serve(profile_name: str, config_path: Path, ready: int | None = None) -> None:
-    """Serve in the foreground until SIGTERM or SIGINT.
+    """Serve in the foreground until a signal ends it (``service.py``).
 
     :param ready: a descriptor for whoever waits in another process; this one then goes to the background. It is told
-        ``ready {pid}``, or why it does not serve, and is closed.
+        ``ready {pid} {warning}``, or why it does not serve, and is closed.
     :raises presence.CoordinatorError: another one runs for this configuration.
     :raises OSError: a directory, the log or a pipe cannot be used (`directories.DirectoryRefused` among them).
     :raises ValueError: the profile name cannot be used.
@@ -319,60 +329,50 @@ def serve(profile_name: str, config_path: Path, ready: int | None = None) -> Non
     try:
         if ready is not None and os.fork():
             os._exit(0)  # It is nobody's child: it outlives whoever started it, and whoever kills all its children.
-        # Before it has its lock, which would be taken for that of one that serves.
-        _log_to(directories.establish(profile_name, config_path).queue / "coordinator.log", terminal=ready is None)
-        coordinator = PipeCoordinator(profile_name, config_path)
-        _raise_limit()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: coordinator.stop())
-        try:
-            coordinator.run(lambda: say(f"ready {os.getpid()}"))
-        except Exception as error:
-            expected = isinstance(error, presence.CoordinatorError | directories.DirectoryRefused)
-            _LOGGER.error("The coordinator ends: %s", error, exc_info=not expected)
-            raise
+        if ready is not None:
+            # What waits there, if anything does, waits for word of whoever has started us.
+            os.environ.pop("NOTIFY_SOCKET", None)
+        _serve(profile_name, config_path, say, terminal=ready is None)
     except (RuntimeError, OSError, ValueError) as error:
-        say(str(error))
+        say(files.told(error))
         raise
 
 
-def _raise_limit() -> None:
-    """Allow as many descriptors as the system gives: macOS says "infinity", and refuses that."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for wanted in (hard, 1 << 20, 1 << 16, 10240):
-        if wanted == resource.RLIM_INFINITY or (hard != resource.RLIM_INFINITY and wanted > hard):
-            continue
-        if soft != resource.RLIM_INFINITY and wanted > soft:
-            with contextlib.suppress(ValueError, OSError):
-                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-                return
+def _serve(profile_name: str, config_path: Path, say: Callable[[str], None], *, terminal: bool) -> None:
+    # Before it has its lock, which would be taken for that of one that serves.
+    file = directories.establish(profile_name, config_path).queue / "coordinator.log"
+    log = service.log_to(file, terminal=terminal)
+    coordinator = PipeCoordinator(profile_name, config_path)
+    service.raise_limit()
+    service.answer_signals(log, coordinator.call, coordinator.end)
 
+    def on_ready() -> None:
+        trouble = f"{file} cannot be written: {log.trouble}" if log.trouble else ""
+        if trouble:
+            _LOGGER.warning("%s", trouble)  # For the terminal.
+        say(f"ready {os.getpid()} {trouble}")
+        service.notify("READY=1")
 
-def _log_to(file: Path, *, terminal: bool) -> None:
-    if os.path.lexists(file) and not file.is_file():
-        raise directories.DirectoryRefused(f"{file} is not a regular file: remove it.")
     try:
-        file.open("ab").close()
-    except OSError as error:
-        raise directories.DirectoryRefused(f"{file} cannot be written: {error.strerror}. Mend or remove it.") from error
-    logging.raiseExceptions = False  # A disk that is full later is no reason to print tracebacks.
-    handlers: list[logging.Handler] = [
-        logging.handlers.RotatingFileHandler(file, maxBytes=1_000_000, backupCount=3, delay=True)
-    ]
-    if terminal:
-        handlers.append(logging.StreamHandler())
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers)
+        coordinator.run(on_ready, lambda: service.notify("STOPPING=1"))
+    except Exception as error:
+        expected = isinstance(error, presence.CoordinatorError | directories.DirectoryRefused)
+        _LOGGER.error("The coordinator ends: %s", files.told(error), exc_info=not expected)
+        raise
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+def main(arguments: list[str] | None = None, prog: str = "") -> int:
+    """Run the command line; return the exit status.
+
+    :param prog: what its user has called, where that is more than the name of a script.
+    """
     # Not at the top: it is no part of what serves. It is told how to serve, since what runs as a script is called
     # `__main__`, and importing it by its name would load it a second time.
     if TYPE_CHECKING or not __package__:
-        import control
+        import control_line
     else:
-        from . import control
-    return control.main(arguments, serve)
+        from . import control_line
+    return control_line.main(arguments, serve, prog or os.path.basename(sys.argv[0]) or "coordinator.py")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import kiwipy
 import pytest
 
 import control
+import control_tasks
 import directories
 import discovery
 import frames
@@ -125,7 +126,7 @@ def test_futures_nest_as_with_rabbitmq(served: Broker) -> None:
 
 
 def states(broker: Broker) -> list[tuple[str, str]]:
-    return [(row["state"], row["id"]) for row in control.tasks(broker.config_path)]
+    return [(row["state"], row["id"]) for row in control_tasks.tasks(broker.config_path)]
 
 
 def test_cancelled_future_gives_the_task_back_when_the_communicator_closes(served: Broker) -> None:
@@ -223,7 +224,7 @@ def test_tasks_of_a_killed_worker_are_done_by_another(served: Broker) -> None:
     eventually(lambda: [state for state, _ in states(served)] == ["waiting"] * 3)
     sender.add_task_subscriber(lambda _, body: body)
     assert [future.result(TIMEOUT) for future in pending] == [0, 1, 2]
-    assert [row["deaths"] for row in control.tasks(served.config_path)] == [1, 1, 1]
+    assert [row["deaths"] for row in control_tasks.tasks(served.config_path)] == [1, 1, 1]
     assert "waits again: its worker died" in served.log()
 
 
@@ -427,7 +428,7 @@ def test_close_gives_unfinished_tasks_back_uncounted(served: Broker) -> None:
     second.add_task_subscriber(lambda *_: "second")
     first.close()
     assert pending.result(TIMEOUT) == "second"
-    assert [row["deaths"] for row in control.tasks(served.config_path)] == [0]
+    assert [row["deaths"] for row in control_tasks.tasks(served.config_path)] == [0]
 
 
 def test_close_flushes(served: Broker) -> None:

@@ -250,7 +250,9 @@ class Broker:
 
     def tasks(self, state: str | None = None) -> list[dict[str, Any]]:
         """Return what the command line says of the tasks."""
-        rows: list[dict[str, Any]] = json.loads(self.run("tasks", "--json", *(["--state", state] if state else [])))
+        said = json.loads(self.run("tasks", "--json", *(["--state", state] if state else [])))
+        assert said["version"] == 1
+        rows: list[dict[str, Any]] = said["tasks"]
         return rows
 
     def log(self) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import control
+import control_tasks
 import directories
 import discovery
 import fifo
@@ -47,15 +48,27 @@ def test_tasks_that_move_meanwhile_are_listed_once(served: Broker) -> None:
     served.child(RECORDER, served.config_path / "record")
     while not all(future.done() for future in sent):
         # A name that moves on between two looks at the directories is in both.
-        rows = control.tasks(served.config_path)
+        rows = control_tasks.tasks(served.config_path)
         assert len({row["id"] for row in rows}) == len(rows) == 500
 
 
 def test_status_without_anything(broker: Broker) -> None:
-    assert "not running" in broker.run("status", status=3)
-    assert json.loads(broker.run("status", "--json", status=3))["tasks"]["waiting"] == 0
-    assert "not running" in broker.run("stop")
+    for command in ("status", "status --json", "stop", "tasks", "pause", "drain", "purge --state failed"):
+        said = broker.run(*command.split(), status=1)
+        assert "no broker has ever run in" in said and str(broker.config_path) in said and "not running" not in said
     assert not broker.config_path.exists()
+
+
+@pytest.mark.parametrize("known_by", ["its directory", "AiiDA"])
+def test_status_of_a_profile_that_has_not_used_the_broker_yet(broker: Broker, tmp_path: Path, known_by: str) -> None:
+    broker.config_path = tmp_path / "profiles" / broker.profile
+    if known_by == "AiiDA":
+        (tmp_path / "config.json").write_text(json.dumps({"profiles": {broker.profile: {}}}))
+    else:
+        broker.config_path.mkdir(parents=True)
+    assert "not running" in broker.run("status", status=3) and "not running" in broker.run("stop")
+    assert not broker.status()["running"]
+    assert not (broker.config_path / "coordinator").exists()
 
 
 def test_command_line(broker: Broker) -> None:
@@ -72,12 +85,12 @@ def test_command_line(broker: Broker) -> None:
     assert (worker["worker_id"], worker["pid"], worker["rpc"], worker["broadcast"]) == ("alpha", child.pid, 1, True)
     assert worker["queues"] == {"default": 0} and worker["in_hand"] == 0
     assert "alpha" in broker.run("status")
-    (row,) = json.loads(broker.run("tasks", "--state", "completed", "--json"))
+    (row,) = broker.tasks("completed")
     assert "completed" in broker.run("tasks")
     assert child.line() == "body"
     broker.run("requeue", row["id"])
     assert child.line() == "body"
-    assert "no failed or completed task" in broker.run("requeue", "unknown", status=1)
+    assert "no task is called unknown" in broker.run("requeue", "unknown", status=1)
     assert "Restarted" in broker.run("restart")
     again = json.loads(broker.run("status", "--json"))
     assert again["pid"] != said["pid"]
@@ -117,8 +130,8 @@ def test_failed_task_is_listed_with_the_reason(served: Broker) -> None:
     task_id = taskqueue.new_id()
     (served.queue / f"task_{task_id}.json").write_text('{"body": ')
     assert fifo.knock(served.pipes / directories.TASKS_INTAKE, {"type": "task", "queue": "", "name": task_id})
-    (row,) = eventually(lambda: control.tasks(served.config_path, "failed"))
-    assert row["id"] == task_id and "JSONDecodeError" in row["reason"]
+    (row,) = eventually(lambda: control_tasks.tasks(served.config_path, "failed"))
+    assert row["id"] == task_id and "JSONDecodeError" in row["outcome"]
     assert communicator.task_send("next").result(TIMEOUT) == "next"
 
 
@@ -398,7 +411,7 @@ def test_a_reason_that_is_not_utf_8_is_listed(served: Broker) -> None:
     task.write_text('{"body": null}')
     task.with_suffix(".reason").write_bytes(b"the caf\xe9 is closed")
     (failed,) = served.tasks("failed")
-    assert "is closed" in failed["reason"]
+    assert "is closed" in failed["outcome"]
     assert "is closed" in served.run("tasks")
     assert {row["state"] for row in served.tasks()} == {"waiting", "failed"}
 

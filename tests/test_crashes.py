@@ -22,6 +22,7 @@ import pytest
 
 import burial
 import control
+import control_tasks
 import directories
 import presence
 import taskqueue
@@ -78,12 +79,14 @@ def drained(broker: Broker) -> None:
     """See to it that nothing waits or is claimed: somebody does all that is left."""
     with contextlib.closing(broker.communicator()) as worker:
         worker.add_task_subscriber(lambda _, body: body)
-        eventually(lambda: not {row["state"] for row in control.tasks(broker.config_path)} & {"waiting", "claimed"})
+        eventually(
+            lambda: not {row["state"] for row in control_tasks.tasks(broker.config_path)} & {"waiting", "claimed"}
+        )
 
 
 def state(broker: Broker) -> str:
     """Say how many tasks are in which state on the disk."""
-    counts = collections.Counter(row["state"] for row in control.tasks(broker.config_path))
+    counts = collections.Counter(row["state"] for row in control_tasks.tasks(broker.config_path))
     return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
 
 
@@ -160,7 +163,7 @@ def test_tasks_of_a_worker_that_dies_wait_again_oldest_first(served: Broker) -> 
     queue = other.task_queue("kiwipy.tasks", prefetch_count=1)
     holder.kill()
     eventually(lambda: not list(served.queue.glob("claimed/*")))
-    assert {row["deaths"] for row in control.tasks(served.config_path)} == {1}
+    assert {row["deaths"] for row in control_tasks.tasks(served.config_path)} == {1}
     queue.add_task_subscriber(lambda _, body: [got.append(body), body][1])
     assert [future.result(TIMEOUT) for future in held] == list(range(20))
     assert got == list(range(20))
@@ -310,7 +313,7 @@ def test_worker(served: Broker, tmp_path: Path) -> None:
         before = state(served)
         child.kill()
         eventually(lambda: not list(served.queue.glob("claimed/*")))
-        after = [(row["state"], row["deaths"]) for row in control.tasks(served.config_path)]
+        after = [(row["state"], row["deaths"]) for row in control_tasks.tasks(served.config_path)]
         runs_before = recorded(record).count(name)
         with contextlib.closing(served.communicator()) as other:
             other.add_task_subscriber(lambda _, body: [append(record, body), body][1])

@@ -26,6 +26,7 @@ import pytest
 
 import bodies
 import control
+import control_tasks
 import coordinator
 import directories
 import fifo
@@ -37,7 +38,7 @@ root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another us
 OTHER_USER = 12345
 AS_OTHER_USER = f"""
 import contextlib, io, json, kiwipy, multiprocessing, resource, shutil, signal, threading, uuid
-import control, coordinator, directories, discovery, pipebroker
+import control, control_line, control_try, coordinator, directories, discovery, pipebroker
 for name in ("encodings.idna", "gettext", "json.decoder", "locale", "unicodedata"):
     with contextlib.suppress(ImportError):
         __import__(name)  # Afterwards this process may not read the library.
@@ -164,7 +165,7 @@ sys.stdin.read()
     child.tell("go")
     assert [child.line() for _ in range(5)] == ["Too many open files"] * 5
     assert child.line() == "2 3 x"
-    assert [row["state"] for row in control.tasks(served.config_path)] == ["completed"]
+    assert [row["state"] for row in control_tasks.tasks(served.config_path)] == ["completed"]
 
 
 def test_no_descriptors_in_the_worker(served: Broker) -> None:
@@ -181,7 +182,7 @@ print("ready"); sys.stdin.read(); worker.close()
     owner, other = served.communicator(), served.communicator()
     owner.rpc_send("hoard", True).result(TIMEOUT)
     pending = other.task_send("kept")
-    eventually(lambda: [row["state"] for row in control.tasks(served.config_path)] == ["waiting"])
+    eventually(lambda: [row["state"] for row in control_tasks.tasks(served.config_path)] == ["waiting"])
     # The worker has never answered this one: it has to open a pipe.
     assert other.rpc_send("hoard", True).result(TIMEOUT) is None
     owner.rpc_send("hoard", False).result(TIMEOUT)
@@ -264,8 +265,8 @@ print("ready"); sys.stdin.read()
         f"the directory {broker.config_path} cannot be used: Permission denied ({broker.config_path}/pipes). "
         "Make it writable for this user, or name another configuration directory."
     )
-    assert process.line() == "1"
-    assert process.line().startswith("Coordinator: not running; no broker has run")
+    assert [process.line(), process.line()] == ["1", "Coordinator: not running"]
+    assert process.line().startswith("Queue:       none: no broker has run in")
     assert process.line() == "3"
     assert process.line() == "ready"
 
@@ -521,13 +522,13 @@ def test_bad_task_files_fail_with_a_reason_and_stop_nothing(served: Broker, tmp_
     for name in bad.values():
         assert fifo.knock(served.pipes / directories.TASKS_INTAKE, {"type": "task", "queue": "", "name": name})
     communicator.task_send("good").result(TIMEOUT)
-    rows = {row["id"]: row for row in control.tasks(served.config_path, "failed")}
-    reasons = {title: rows[name]["reason"] for title, name in bad.items()}
+    rows = {row["id"]: row for row in control_tasks.tasks(served.config_path, "failed")}
+    reasons = {title: rows[name]["outcome"] for title, name in bad.items()}
     assert all(reason.startswith("it is not") for reason in reasons.values()), reasons
     assert got == ["good"]
     assert secret.exists()
-    assert served.run("requeue", bad["half"]) == ""
-    eventually(lambda: bad["half"] in {row["id"] for row in control.tasks(served.config_path, "failed")})
+    assert served.run("requeue", bad["half"]) == f"Requeued {bad['half']}.\n"
+    eventually(lambda: bad["half"] in {row["id"] for row in control_tasks.tasks(served.config_path, "failed")})
 
 
 HOSTILE_NAMES = [
@@ -625,13 +626,13 @@ signal.pause()
     pending = sender.task_send("poison")
     for deaths in range(1, taskqueue.MAX_DEATHS):
         forker.tell("die")
-        eventually(lambda: [row["deaths"] for row in control.tasks(served.config_path, "waiting")] == [deaths])
+        eventually(lambda: [row["deaths"] for row in control_tasks.tasks(served.config_path, "waiting")] == [deaths])
     forker.tell("die")
     reason = f"{taskqueue.MAX_DEATHS} workers died while they held it"
     with pytest.raises(kiwipy.RemoteException, match=reason):
         pending.result(TIMEOUT)
-    (row,) = control.tasks(served.config_path)
-    assert (row["state"], row["reason"]) == ("failed", reason)
+    (row,) = control_tasks.tasks(served.config_path)
+    assert (row["state"], row["outcome"]) == ("failed", reason)
     got = threading.Event()
     sender.add_task_subscriber(lambda _, body: got.set())
     served.run("requeue", row["id"])

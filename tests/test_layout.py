@@ -103,7 +103,9 @@ def run(script: str, *arguments: object) -> str:
 
 
 def test_what_an_operator_asks_is_quick_to_import() -> None:
-    script = "import sys, control; print(*sorted({'kiwipy', 'aiida', 'pipebroker', 'coordinator'} & set(sys.modules)))"
+    script = (
+        "import sys, control_line; print(*sorted({'kiwipy', 'aiida', 'pipebroker', 'coordinator'} & {*sys.modules}))"
+    )
     assert run(script) == "\n"
 
 

@@ -216,7 +216,7 @@ def test_a_task_that_is_requeued_is_done_at_once_and_its_deaths_are_forgotten(
         failed = broker.queue / directory / "failed" / "task_1.20.json"
         failed.write_text('{"body": "body"}')
         failed.with_suffix(".reason").write_text("20 workers died while they held it")
-        assert broker.run("requeue", "1") == ""
+        assert broker.run("requeue", "1") == "Requeued 1.\n"
         assert done.get(timeout=SECONDS) == "body"
         (row,) = eventually(lambda: broker.tasks("completed"), SECONDS)
         assert (row["id"], row["deaths"]) == ("1", 0)

@@ -1,0 +1,131 @@
+"""What an operator asks of all installations at once, and how one goes: list, delete.
+
+Strategy: what runs is found by its pipes directory in /tmp, which names its configuration; what does not, by the
+profiles that AiiDA's ``config.json`` names. AiiDA itself is not imported: its configuration is JSON.
+
+Rules:
+- Nothing is removed where anybody lives, and nothing but what the broker has made.
+- Whose a pipes directory is, is asked again before it is removed: the note of where it lies may have been edited.
+- One configuration that cannot be read hides no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING or not __package__:
+    import control
+    import directories
+    import files
+    import presence
+    import strangers
+else:
+    from . import control, directories, files, presence, strangers
+
+
+def installations() -> list[dict[str, Any]]:
+    """Return the profiles of this user that have used the broker; the answer is what ``list --json`` prints."""
+    rows = []
+    for config in dict.fromkeys([*(config for _, config in directories.configurations()), *_of_aiida()]):
+        with contextlib.suppress(OSError, ValueError):  # One that cannot be read hides no other.
+            layout = directories.locate(config)
+            if layout is not None:
+                rows.append(_row(layout))
+    return sorted(rows, key=lambda row: (str(row["profile"]), row["directory"]))
+
+
+def _row(layout: directories.Layout) -> dict[str, Any]:
+    said = presence.coordinator(layout)
+    queues = control.queues(layout).values()
+    return {
+        "profile": directories.read_format(layout.config_path).get("profile"),
+        "running": said is not None,
+        "pid": said["pid"] if said else None,
+        "waiting": sum(1 for queue in queues for _ in queue.names()),
+        "claimed": sum(1 for queue in queues for _ in queue.claimed()),
+        "failed": sum(1 for queue in queues for _ in queue.names("failed")),
+        "directory": str(layout.config_path),
+        "pipes": str(layout.pipes),
+    }
+
+
+def _of_aiida() -> Iterator[Path]:
+    """Yield the directories of the profiles that AiiDA knows (aiida.manage.configuration.settings says where)."""
+    for path in (os.environ.get("AIIDA_PATH") or "~").split(":"):
+        directory = Path(os.path.expanduser(path))
+        directory = directory if directory.name == ".aiida" else directory / ".aiida"
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            said = json.loads(files.read(directory / "config.json"))
+            profiles = said.get("profiles") if isinstance(said, dict) else None
+            for name in profiles if isinstance(profiles, dict) else ():
+                with contextlib.suppress(OSError, ValueError):  # A name that can be no directory's.
+                    yield Path(os.path.realpath(directory / "profiles" / name))
+
+
+def communicators(layout: directories.Layout) -> list[int]:
+    """Return the pids of the processes that have a communicator here, senders included: 0 for one that is not known.
+
+    Those whose reply pipes are read, and workers, whose pipes somebody may have removed, by the locks of their ids.
+    """
+    names = (name for name in files.listed(layout.pipes) if directories.is_reply_pipe(name))
+    pids = {int(name.split("_")[1]) for name in names if directories.is_read(layout.pipes / name)}
+    for worker_id in filter(directories.is_worker_id, files.listed(layout.queue / "claimed")):
+        if presence.is_alive(layout, worker_id):
+            with contextlib.suppress(OSError, ValueError):
+                pids.add(presence.Worker.read(layout.entry(worker_id)).pid)
+                continue
+            pids.add(0)
+    return sorted(pids)
+
+
+def delete(config_path: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
+    """Remove the queue of a profile, with all its tasks, and its pipes; a coordinator is stopped.
+
+    :return: the directories that are gone, and what is left in them as it is none of the broker's.
+    :raises presence.CoordinatorError: somebody uses it, or the coordinator does not end.
+    :raises OSError: something cannot be removed.
+    """
+    layout = control.find(config_path)
+    _refuse_inhabited(layout)
+    control.stop(config_path)
+    _refuse_inhabited(layout)
+    # Asked before anything is removed, as what is what depends on where it lies.
+    strange = {path for path in strangers.strangers(layout) if path}
+    pipes = [layout.pipes] if (layout.pipes, layout.config_path) in directories.configurations() else []
+    removed, left = [], []
+    for directory in (*pipes, layout.registry, layout.queue):
+        if directory.is_dir():
+            left += _remove(directory, strange)
+            if not os.path.lexists(directory):
+                removed.append(directory)
+    return removed, left
+
+
+def _remove(directory: Path, strange: set[str]) -> list[Path]:
+    """Remove a directory and all in it that is the broker's; return what is not."""
+    left = []
+    for path in list(directory.iterdir()):
+        ours = not path.name.startswith(".") or path.name == ".config" or files.is_draft(path.name)
+        if str(path) in strange or not ours:
+            left.append(path)
+        elif path.is_dir() and not path.is_symlink():
+            left += _remove(path, strange)
+        else:
+            path.unlink()
+    if not left:
+        directory.unlink() if directory.is_symlink() else directory.rmdir()
+    return left
+
+
+def _refuse_inhabited(layout: directories.Layout) -> None:
+    pids = communicators(layout)
+    if pids:
+        some = ", ".join(str(pid or "?") for pid in pids[:10]) + (
+            f" and {len(pids) - 10} more" if len(pids) > 10 else ""
+        )
+        raise presence.CoordinatorError(f"{layout.config_path} is in use: end the processes {some} first")

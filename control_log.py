@@ -1,0 +1,90 @@
+"""What an operator reads of the coordinator's log, across the files that it has been moved to meanwhile.
+
+Strategy: the log is ``coordinator.log``, and those before it are ``coordinator.log.1`` to ``.3``. Which of them a
+descriptor leads to is asked of the disk, so that whoever follows goes on in the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING or not __package__:
+    import control
+    import files
+    import presence
+else:
+    from . import control, files, presence
+
+
+def last(config_path: str | os.PathLike[str], number: int) -> list[str]:
+    """Return the newest lines of the log, oldest first.
+
+    :param number: how many at most.
+    :raises presence.CoordinatorError: there is no log.
+    """
+    lines: list[str] = []
+    newest_first = list(reversed(_existing(control.find(config_path).queue)))
+    if not newest_first:
+        raise presence.CoordinatorError(f"no coordinator has logged in {config_path}/coordinator yet")
+    for path in newest_first:
+        if len(lines) < number:
+            with contextlib.suppress(FileNotFoundError):  # It has been moved meanwhile, and is met again.
+                lines = path.read_text(errors="replace").splitlines() + lines
+    return lines[-number:] if number else []
+
+
+def follow(config_path: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield each line of the log that comes from now on; for ever.
+
+    :raises presence.CoordinatorError: there is no log.
+    """
+    queue = control.find(config_path).queue
+    log = queue / "coordinator.log"
+    with contextlib.ExitStack() as stack:
+        descriptor = os.open(log, os.O_RDONLY)
+        stack.callback(lambda: os.close(descriptor))
+        os.lseek(descriptor, 0, os.SEEK_END)
+        rest = b""
+        while True:
+            data = os.read(descriptor, 1 << 16)
+            *lines, rest = (rest + data).split(b"\n")
+            yield from (line.decode(errors="replace") for line in lines)
+            if data:
+                continue
+            if files.is_in_place(log, descriptor):
+                if os.fstat(descriptor).st_size < os.lseek(descriptor, 0, os.SEEK_CUR):
+                    os.lseek(descriptor, 0, os.SEEK_SET)  # Somebody has copied and emptied it.
+                select.select([], [], [], 1.0)  # A person watches, and no event tells of a file's growth everywhere.
+                continue
+            following = _after(queue, descriptor)
+            if following is None:
+                select.select([], [], [], 1.0)
+                continue
+            if os.fstat(descriptor).st_size > os.lseek(descriptor, 0, os.SEEK_CUR):
+                os.close(following)
+                continue  # Something was written between our last look and its being moved.
+            os.dup2(following, descriptor, inheritable=False)
+            os.close(following)
+            rest = b""
+
+
+def _existing(queue: Path) -> list[Path]:
+    """Return the files of the log, oldest first."""
+    names = [*(f"coordinator.log.{number}" for number in (3, 2, 1)), "coordinator.log"]
+    return [queue / name for name in names if (queue / name).is_file()]
+
+
+def _after(queue: Path, descriptor: int) -> int | None:
+    """Open the file of the log that follows the one a descriptor leads to; `None` if there is none now."""
+    paths = _existing(queue)
+    here = [files.is_in_place(path, descriptor) for path in paths]
+    # If ours has been moved elsewhere, as logrotate does, it was the newest one.
+    after = paths[here.index(True) + 1 :] if True in here else paths[-1:]
+    with contextlib.suppress(FileNotFoundError):
+        return os.open(after[0], os.O_RDONLY) if after else None
+    return None

@@ -1,0 +1,208 @@
+"""What is said to an operator, in words: pure functions from the data that ``control*.py`` returns to text.
+
+Rules:
+- Whatever came from a file or a message is printed without what a terminal would obey.
+- A colour or a bar adds nothing that the words do not say.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+_UNITS = (("d", 86400), ("h", 3600), ("min", 60))
+_WIDTH = 30
+
+
+def plain(text: object) -> str:
+    """Return text with whatever is not printable written out, line ends aside."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def duration(seconds: float | None) -> str:
+    """Return how long something took, in one or two units."""
+    if seconds is None:
+        return "?"
+    for unit, length in _UNITS:
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def local_time(seconds: Any) -> str:
+    """Return a time of the clock, in seconds since the epoch, as people here write it."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds else "?"
+    except (TypeError, ValueError, OverflowError, OSError):
+        return "?"  # Somebody has written it by hand.
+
+
+def count(number: int, what: str) -> str:
+    """Return a number with its noun, as in '1 task' and '2 tasks'."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def status(answer: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of ``status``."""
+    if answer["running"]:
+        version = answer["coordinator_version"] or "unknown"
+        yield f"Coordinator: running, pid {answer['pid']}, since {local_time(answer['since'])}, version {version}"
+    else:
+        yield "Coordinator: not running"
+    if answer["paused"]:
+        yield "Paused:      yes: nothing new is started in any queue, until 'resume'"
+    if answer["pipes"] is None:
+        yield f"Queue:       none: no broker has run in {answer['directory']} yet"
+        return
+    yield f"Pipes:       {answer['pipes']}"
+    yield f"Queue:       {answer['directory']}/coordinator, format {answer['format']}"
+    counts = answer["tasks"]
+    oldest = answer["oldest_waiting_seconds"]
+    yield (
+        f"Tasks:       {counts['waiting']} waiting{f' (the oldest for {duration(oldest)})' if oldest else ''}, "
+        f"{counts['claimed']} claimed, {counts['completed']} completed in the last 24 h "
+        f"({answer['done_in_the_last_minute']} in the last minute), {counts['failed']} failed"
+    )
+    for queue in answer["queues"]:
+        if len(answer["queues"]) > 1:
+            yield (
+                f"  {plain(queue['name'])}: {queue['waiting']} waiting, {queue['claimed']} claimed, "
+                f"{queue['completed']} completed, {queue['failed']} failed, {count(queue['subscribers'], 'subscriber')}"
+            )
+    yield f"Workers:     {len(answer['workers'])}"
+    for worker in answer["workers"]:
+        queues = ", ".join(f"{name} (prefetch {size or 'unlimited'})" for name, size in worker["queues"].items())
+        yield (
+            f"  {worker['worker_id']}: pid {worker['pid']}, since {local_time(worker['since'])}, "
+            f"tasks: {plain(queues) or 'none'}, RPC identifiers: {worker['rpc']}, "
+            f"broadcasts: {'yes' if worker['broadcast'] else 'no'} ({worker['broadcasts_dropped']} dropped), "
+            f"in hand: {worker['in_hand']}{_other_version(answer, worker)}"
+        )
+    for queue in answer["queues"]:
+        if queue["waiting"] and not queue["subscribers"]:
+            wait = "tasks wait" if queue["waiting"] > 1 else "task waits"
+            yield f"{queue['waiting']:,} {wait} in queue {plain(queue['name'])}, and nobody subscribes to it."
+
+
+def _other_version(answer: dict[str, Any], worker: dict[str, Any]) -> str:
+    return "" if worker["version"] == answer["version_here"] else f", version {plain(worker['version'] or 'unknown')}"
+
+
+def bars(answer: dict[str, Any], *, colour: bool) -> Iterator[str]:
+    """Yield the lines of ``status --watch`` in a terminal."""
+    state = f"running, pid {answer['pid']}" if answer["running"] else "not running"
+    yield f"{local_time(time.time())}  coordinator {state}{', PAUSED' if answer['paused'] else ''}"
+    top = max([1, *(max(queue["waiting"], queue["claimed"]) for queue in answer["queues"])])
+    for queue in answer["queues"]:
+        yield f"{plain(queue['name'])}"
+        for label, number, code in (
+            ("waiting", queue["waiting"], 33),
+            ("claimed", queue["claimed"], 36),
+            ("done in the last minute", queue["done_in_the_last_minute"], 32),
+        ):
+            yield _bar(label, number, max(top, number), code if colour else None)
+    busiest = max([1, *(worker["in_hand"] for worker in answer["workers"])])
+    for worker in answer["workers"]:
+        yield _bar(f"{worker['worker_id']} in hand", worker["in_hand"], busiest, 36 if colour else None)
+
+
+def _bar(label: str, number: int, top: int, code: int | None) -> str:
+    bar = "#" * (-(-_WIDTH * number // top)) if number else ""
+    bar = f"{bar:{_WIDTH}}"
+    shown = f"\033[{code}m{bar}\033[0m" if code else bar
+    return f"  {label[:32]:32} {shown} {number:,}"
+
+
+def one_line(answer: dict[str, Any]) -> str:
+    """Return the line of ``status --watch`` where it is no terminal that reads it."""
+    counts = answer["tasks"]
+    return (
+        f"{local_time(time.time())} {'running' if answer['running'] else 'not running'}"
+        f"{', paused' if answer['paused'] else ''}, {counts['waiting']} waiting, {counts['claimed']} claimed, "
+        f"{answer['done_in_the_last_minute']} done in the last minute, {len(answer['workers'])} workers"
+    )
+
+
+def pretty(value: Any) -> str:
+    """Return a value that came in a message, as JSON for people."""
+    return plain(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def counts(number: dict[str, int]) -> str:
+    """Return how many tasks there are, for whoever is about to lose them."""
+    alive = number["waiting"] + number["claimed"]
+    return f"{count(sum(number.values()), 'task')}, of which {alive:,} are not done"
+
+
+def installations(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of ``list``."""
+    yield from _table(
+        ("profile", "coordinator", "waiting", "claimed", "failed", "directory", "pipes"),
+        [{**row, "coordinator": f"pid {row['pid']}" if row["running"] else "-"} for row in rows],
+    )
+
+
+def findings(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of ``doctor``."""
+    for row in rows:
+        yield plain(f"{'PROBLEM' if row['problem'] else 'remark '}  {row['what']}\n         {row['remedy']}")
+    if not rows:
+        yield "Nothing was found."
+
+
+_COLUMNS = ("id", "age", "state", "queue", "worker", "deaths", "outcome")
+
+
+def tasks(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the lines of ``tasks``: a heading, and a line for each."""
+    cells = [
+        {**row, "age": duration(row["age_seconds"]), "worker": row["worker"] or "-", "outcome": row["outcome"] or ""}
+        for row in rows
+    ]
+    yield from _table(_COLUMNS, cells)
+
+
+def _table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> Iterator[str]:
+    lines = [tuple(map(str.upper, columns))]
+    lines += [tuple(plain(row[column]).replace("\n", " ") for column in columns) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        yield "  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip()
+
+
+def task(answer: dict[str, Any], screen: int | None) -> Iterator[str]:
+    """Yield the lines of ``show``.
+
+    :param screen: how many lines of the body fit; `None`: all.
+    """
+    yield f"Task:     {answer['id']}"
+    yield f"State:    {answer['state']}, since {local_time(answer['since'])}"
+    yield f"Queue:    {plain(answer['queue'])}"
+    yield f"Sent:     {duration(answer['age_seconds'])} ago, {_sender(answer)}"
+    if answer["worker"]:
+        lives = f"pid {answer['worker_pid']}" if answer["worker_pid"] else "which is dead"
+        yield f"Worker:   {answer['worker']}, {lives}"
+    yield f"Deaths:   {answer['deaths']}"
+    yield f"File:     {answer['file']}, {answer['size']:,} bytes"
+    if answer["outcome"]:
+        yield f"Outcome:  {plain(answer['outcome'])}"
+    if answer["unreadable"]:
+        yield f"It cannot be read: {plain(answer['unreadable'])}"
+    else:
+        yield "Body:"
+        lines = json.dumps(answer["body"], indent=2, ensure_ascii=False).splitlines()
+        shown = lines if screen is None else lines[: max(1, screen)]
+        yield from (plain(line) if screen is None else plain(line)[:200] for line in shown)
+        if len(shown) < len(lines):
+            yield f"... and {count(len(lines) - len(shown), 'line')} more, with --full"
+    if answer["reason"]:
+        yield "Reason:"
+        yield plain(answer["reason"]).rstrip()
+
+
+def _sender(answer: dict[str, Any]) -> str:
+    if answer["no_reply"] or not answer["reply_to"]:
+        return "by somebody who wants no outcome"
+    return f"by {plain(answer['reply_to'])}, which {'lives' if answer['sender_lives'] else 'is gone'}"
