@@ -140,12 +140,16 @@ def pause(config_path: str | os.PathLike[str]) -> bool:
 def resume(config_path: str | os.PathLike[str]) -> bool:
     """Go on after `pause`; say whether it was paused.
 
-    :raises presence.CoordinatorError: no broker has run there, or the mark cannot be removed.
+    :raises presence.CoordinatorError: no broker has run there.
+    :raises OSError: the mark cannot be removed.
     """
     layout = find(config_path)
     if not os.path.lexists(layout.paused):
         return False
-    os.unlink(layout.paused)
+    try:
+        os.unlink(layout.paused)
+    except FileNotFoundError:
+        return False  # Somebody else was faster.
     # Whoever misses this sees it at its next look.
     fifo.knock(layout.pipes / directories.TASKS_INTAKE, {"type": "look"})
     return True
@@ -163,9 +167,7 @@ def drain(config_path: str | os.PathLike[str], timeout: float | None = None) -> 
     deadline = None if timeout is None else time.monotonic() + timeout
     while True:
         in_hand = collections.Counter(claim for queue in queues(layout).values() for claim, _ in queue.claimed())
-        busy = [
-            _busy(layout, worker_id, number) for worker_id, number in in_hand.items() if _is_alive(layout, worker_id)
-        ]
+        busy = [_busy(layout, *each) for each in in_hand.items() if _may_live(layout, each[0])]
         left = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
         if not busy or left <= 0:
             return busy
@@ -333,6 +335,16 @@ def _busy(layout: directories.Layout, worker_id: str, in_hand: int) -> dict[str,
     with contextlib.suppress(OSError, ValueError):
         pid = presence.Worker.read(layout.entry(worker_id)).pid
     return {"worker_id": worker_id, "pid": pid, "in_hand": in_hand}
+
+
+def _may_live(layout: directories.Layout, worker_id: str) -> bool:
+    """Say whether a worker is not known to be dead: a lock that is not there, or cannot be asked, proves nothing."""
+    try:
+        if os.path.lexists(layout.lock(worker_id)):
+            return presence.is_alive(layout, worker_id)
+        return any(directories.is_read(layout.pipes / f"{kind}_{worker_id}") for kind in directories.KINDS)
+    except OSError:
+        return True
 
 
 def _is_alive(layout: directories.Layout, worker_id: str) -> bool:

@@ -233,7 +233,8 @@ class Holdings:
             self.lane.start()
             self.lane.put(wait)  # After what it is just about to claim.
             # Once it can be found: whoever closes looks for it after saying so.
-            return self._closed or idle.acquire(timeout=-1 if timeout is None else timeout)
+            seconds = -1 if timeout is None else max(0.0, min(timeout, threading.TIMEOUT_MAX))
+            return self._closed or idle.acquire(timeout=seconds)
         finally:
             self._waiters.pop(idle, None)
 
@@ -326,6 +327,7 @@ class Holdings:
         for side in list(self.sides.values()):
             if side.claims is not None:
                 side.claims.look()
+        self._tell_if_idle()  # Which nobody says of what was lost.
 
     def close(self) -> None:
         """Give back what is held."""
@@ -340,3 +342,5 @@ class Holdings:
         for side in self.sides.values():
             if side.claims is not None:
                 side.claims.disown()
+        self._closed = True
+        self._waiters.clear()

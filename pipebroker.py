@@ -107,7 +107,9 @@ class PipeCommunicator(kiwipy.Communicator):  # type: ignore[misc]
     def drain(self, timeout: float | None = None) -> bool:
         """Take no new tasks, and wait until those in hand are done; calls and broadcasts are answered on.
 
-        It unsubscribes from all task queues. Not for a subscriber, whose own task would be waited for.
+        It unsubscribes from all task queues. Not for a subscriber, which would wait for itself, nor for a signal
+        handler, which may have interrupted what it waits for. A task that a subscriber has cancelled is in hand until
+        `close`.
 
         :param timeout: for how many seconds at most; `None`: as long as it takes.
         :return: whether nothing is in hand any more. If not, `close` gives it back.

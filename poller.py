@@ -11,9 +11,9 @@ Rules:
   finalizer may run inside any function here and call any other. (``acquire`` and then ``try`` leaked the lock to a
   handler that raises 10,444 of 12,313 times, ``with`` 0 of 12,545.)
 - A signal handler may take any time, and may wait for another thread while the main thread, which it has interrupted,
-  holds a lock. So the other threads wait `HELD_UP_SECONDS` at most for a lock that is only ever held for a few system
-  calls; then they go on without it (`patient`), which does no harm as whoever has it stands still, or put off what they
-  were about to do.
+  holds a lock. So the selector thread waits `HELD_UP_SECONDS` at most for a lock that is only ever held for a few
+  system calls; then it goes on without it (`patient`), which does no harm as whoever has it stands still, or puts off
+  what it was about to do. The lanes, in which others' code runs, may wait until the handler is done.
 - A fork waits for the few lines in which a descriptor is open and not yet listed in `Poller.descriptors` (`no_fork`).
   The child closes its copies, whatever its parent was about to do, and nothing else.
 """

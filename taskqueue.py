@@ -234,7 +234,12 @@ class TaskQueue:
             if not files.is_there(here):
                 return False
             files.make_directories(Path(there).parent)
-            os.rename(here, there)
+            try:
+                os.rename(here, there)
+            except FileNotFoundError:
+                if files.is_there(here):
+                    raise
+                return False  # Somebody else was faster.
         return True
 
     def reason(self, name: str, state: str) -> str:
@@ -361,14 +366,14 @@ class Claims:
         :raises OSError: it could not be read now, and it waits again.
         """
         with self._mutex:
-            if self._closed or name in self._held or name in self._leaving:
+            if self._closed or name in self._held or name in self._leaving or self.is_paused():
                 return None
             self._leaving[name] = ("", _nothing)
             try:
                 if not self._claim(name):
                     del self._leaving[name]
                     return None
-                # Asked once the task is ours: whoever has paused sees in our claims all that was not given back.
+                # Asked again once the task is ours: whoever has paused sees in our claims all that is not given back.
                 if self.is_paused():
                     self._leave(name, "")
                     return None

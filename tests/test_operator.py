@@ -846,7 +846,7 @@ def test_the_readmes_worker_finishes_what_it_has_when_it_is_told_to_end(served: 
         'lambda communicator, task: {"result": "success"}', "lambda _, task: print(task) or time.sleep(1)"
     )
     assert ours.count(served.profile) == 2 and "time.sleep(1)" in ours
-    child = served.spawn(ours.replace("told_to_end.wait()", "print('ready'); told_to_end.wait()"))
+    child = served.spawn(ours.replace("signal.sigwait", "print('ready'); signal.sigwait"))
     assert child.line() == "ready"
     sender = served.communicator()
     for number in range(2):

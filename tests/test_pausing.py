@@ -161,6 +161,46 @@ def test_whoever_drains_is_told_when_it_is_closed(served: Broker) -> None:
         worker.drain()
 
 
+def test_drain_hears_of_what_was_pulled_and_dropped(broker: Broker) -> None:
+    worker = broker.communicator("worker")
+    worker.task_send("dropped", no_reply=True)
+    for task in worker.task_queue("kiwipy.tasks"):
+        future = task.process()
+    future.cancel()
+    del task, future
+    assert worker.drain(SECONDS + 5)
+
+
+@pytest.mark.parametrize("removed", ["registry", "lock"])
+def test_a_task_is_in_hand_whatever_was_removed(served: Broker, removed: str) -> None:
+    served.communicator("holder").add_task_subscriber(lambda *_: kiwipy.Future())
+    served.communicator().task_send("held", no_reply=True)
+    eventually(lambda: control.status(served.config_path)["tasks"]["claimed"] == 1)
+    if removed == "registry":
+        (served.config_path / "pipes" / "worker_holder.json").unlink()
+    else:
+        (served.queue / "claimed" / "holder" / "lock").unlink()
+    assert [each["worker_id"] for each in control.drain(served.config_path, 0.0)] == ["holder"]
+    control.resume(served.config_path)
+
+
+@pytest.mark.parametrize("timeout", [-1.0, -0.25, float("inf"), 1e10])
+def test_drain_takes_any_timeout(broker: Broker, timeout: float) -> None:
+    assert broker.communicator().drain(timeout) in (True, timeout > 0)
+
+
+def test_a_forked_child_waits_for_nothing(broker: Broker) -> None:
+    worker = broker.communicator("worker")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            worker.drain()
+        except kiwipy.CommunicatorClosed:
+            os._exit(7)
+        os._exit(8)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+
+
 def test_a_worker_that_drains_leaves_no_task_with_a_death(served: Broker) -> None:
     child = served.spawn("""
 import signal, threading
