@@ -213,12 +213,12 @@ def _drain(options: argparse.Namespace) -> Answer:
 
 
 def _logs(options: argparse.Namespace) -> Answer:
+    if options.follow:
+        for line in control_log.follow(options.directory, options.number):
+            yield line, {"lines": [line]}
     lines = control_log.last(options.directory, options.number)
     if lines:
         yield lines, {"lines": lines}
-    if options.follow:
-        for line in control_log.follow(options.directory):
-            yield line, {"lines": [line]}
     return 0
 
 

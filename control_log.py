@@ -27,29 +27,23 @@ def last(config_path: str | os.PathLike[str], number: int) -> list[str]:
     :param number: how many at most.
     :raises presence.CoordinatorError: there is no log.
     """
-    lines: list[str] = []
-    newest_first = list(reversed(_existing(control.find(config_path).queue)))
-    if not newest_first:
-        raise presence.CoordinatorError(f"no coordinator has logged in {config_path}/coordinator yet")
-    for path in newest_first:
-        if len(lines) < number:
-            with contextlib.suppress(FileNotFoundError):  # It has been moved meanwhile, and is met again.
-                lines = path.read_text(errors="replace").splitlines() + lines
-    return lines[-number:] if number else []
+    return _newest(_existing(_queue(config_path)), [], number)
 
 
-def follow(config_path: str | os.PathLike[str]) -> Iterator[str]:
-    """Yield each line of the log that comes from now on; for ever.
+def follow(config_path: str | os.PathLike[str], number: int) -> Iterator[str]:
+    """Yield the newest lines of the log, and each that comes from then on; for ever.
 
+    :param number: how many of those that are there, at most.
     :raises presence.CoordinatorError: there is no log.
     """
-    queue = control.find(config_path).queue
+    queue = _queue(config_path)
     log = queue / "coordinator.log"
     with contextlib.ExitStack() as stack:
         descriptor = os.open(log, os.O_RDONLY)
         stack.callback(lambda: os.close(descriptor))
-        os.lseek(descriptor, 0, os.SEEK_END)
-        rest = b""
+        *lines, rest = b"".join(iter(lambda: os.read(descriptor, 1 << 16), b"")).split(b"\n")
+        older = [path for path in _existing(queue) if path != log]
+        yield from _newest(older, [line.decode(errors="replace") for line in lines], number)
         while True:
             data = os.read(descriptor, 1 << 16)
             *lines, rest = (rest + data).split(b"\n")
@@ -71,6 +65,21 @@ def follow(config_path: str | os.PathLike[str]) -> Iterator[str]:
             os.dup2(following, descriptor, inheritable=False)
             os.close(following)
             rest = b""
+
+
+def _queue(config_path: str | os.PathLike[str]) -> Path:
+    queue = control.find(config_path).queue
+    if not _existing(queue):
+        raise presence.CoordinatorError(f"no coordinator has logged in {config_path}/coordinator yet")
+    return queue
+
+
+def _newest(paths: list[Path], lines: list[str], number: int) -> list[str]:
+    for path in reversed(paths):
+        if len(lines) < number:
+            with contextlib.suppress(FileNotFoundError):  # It has been moved meanwhile.
+                lines = path.read_text(errors="replace").splitlines() + lines
+    return lines[-number:] if number else []
 
 
 def _existing(queue: Path) -> list[Path]:

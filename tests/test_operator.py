@@ -876,3 +876,15 @@ def test_what_an_operator_asks_is_asked_quickly(broker: Broker) -> None:
         assert control.status(broker.config_path)["tasks"]["waiting"] == 2000
         assert len(control_tasks.tasks(broker.config_path, limit=10)) == 10
     assert opened < 20
+
+
+def test_what_is_logged_between_the_old_lines_and_the_new_ones_is_followed(broker: Broker) -> None:
+    broker.communicator()
+    log = broker.queue / "coordinator.log"
+    log.write_text("old\n")
+    lines = control_log.follow(broker.config_path, 1)
+    assert next(lines) == "old"
+    with log.open("a") as file:
+        file.write("new\n")
+    assert next(lines) == "new"
+    lines.close()
