@@ -17,9 +17,10 @@ import burial
 import directories
 from harness import Broker, eventually
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell that runs the suite in the background has it ignored, and children would inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A shell that runs the suite in the background has the first ignored, nohup the second, and children would inherit it.
+for ignored, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, handler)
 
 
 @pytest.fixture

@@ -659,7 +659,7 @@ def test_unsafe_pipes_directory_is_refused(broker: Broker) -> None:
 
 def open_to_others(broker: Broker) -> list[str]:
     made = [path for path in (broker.config_path, *broker.config_path.rglob("*")) if path.is_dir()]
-    assert {broker.config_path / "pipes", *broker.queue.glob("claimed/*")} < set(made)
+    assert {broker.config_path / "pipes", *broker.queue.glob("claimed/[!.]*")} < set(made)
     return [f"{path}: {mode:o}" for path in made if (mode := stat.S_IMODE(path.stat().st_mode)) != 0o700]
 
 
