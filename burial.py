@@ -184,11 +184,14 @@ def tell_sender(layout: directories.Layout, path: str, exception: str) -> None:
 
     :raises OSError: the file cannot be read, or the message neither sent nor left.
     """
-    with contextlib.suppress(taskqueue.Unreadable):
-        task = taskqueue.Task.read(path, "")
-        if not task.no_reply and directories.is_reply_pipe(task.reply_to):
-            text = frames.encode({"correlation_id": task.correlation_id, "exception": exception})
-            fifo.leave(text, layout.pipes / task.reply_to)
+    try:
+        said = taskqueue.Task.read(path, "").message
+    except taskqueue.Unreadable as error:
+        said = error.envelope
+    reply_to = said.get("reply_to")
+    if not said.get("no_reply") and directories.is_reply_pipe(reply_to):
+        text = frames.encode({"correlation_id": said.get("correlation_id"), "exception": exception})
+        fifo.leave(text, layout.pipes / str(reply_to))
 
 
 def bury_claimants(layout: directories.Layout, queue: taskqueue.TaskQueue) -> None:

@@ -42,6 +42,7 @@ Answer: TypeAlias = Generator[tuple["str | Iterable[str]", dict[str, Any]], None
 """Each time a text, or its lines, and the data for whoever reads JSON."""
 FAILED, NOT_RUNNING, TIMED_OUT, INTERRUPTED = 1, 3, 4, 130
 _WITHOUT_PROFILE = ("list",)
+_LONGEST_SECONDS = 1e8  # Three years: what the system can wait has a limit.
 
 
 def main(arguments: list[str] | None, serve: Serve, prog: str) -> int:
@@ -367,7 +368,7 @@ def _seconds(text: str) -> float:
     value = float(text)
     if not 0 <= value < float("inf"):
         raise ValueError
-    return value
+    return min(value, _LONGEST_SECONDS)
 
 
 def _number(text: str) -> int:

@@ -248,15 +248,18 @@ def purge(config_path: str | os.PathLike[str], state: str, queue: str | None = N
 
 def _remove(layout: directories.Layout, found: Found) -> bool:
     """Say whether it was still there."""
-    # First it is taken away, so that no worker claims it while its sender is told.
+    # First it is taken away, so that no worker claims it while its sender is told; and put back if that cannot be done.
     draft = f"{found.queue.directory}/.{found.name}.{uuid.uuid4().hex}"
     try:
         os.rename(found.path, draft)
     except FileNotFoundError:
         return False
-    if found.state == "waiting":
-        with contextlib.suppress(OSError):
+    try:
+        if found.state == "waiting":
             burial.tell_sender(layout, draft, f"task {found.task_id} was removed from the queue")
+    except BaseException:
+        os.rename(draft, found.path)
+        raise
     files.remove(draft)
     files.remove(f"{found.path.removesuffix('.json')}.reason")
     return True

@@ -310,6 +310,36 @@ def test_a_task_that_is_removed_is_told_to_its_sender(served: Broker) -> None:
     assert "no task is called" in served.run("remove", row["id"], status=1)
 
 
+def test_a_task_whose_removal_is_interrupted_is_not_lost(served: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    future = served.communicator().task_send("kept")
+    (row,) = served.tasks()
+    with monkeypatch.context() as trouble, pytest.raises(KeyboardInterrupt):
+        trouble.setattr(control_tasks.burial, "tell_sender", interrupted)
+        control_tasks.remove(served.config_path, row["id"])
+    served.communicator("worker").add_task_subscriber(lambda _, body: body)
+    assert future.result(TIMEOUT) == "kept"
+
+
+def test_the_sender_of_a_task_that_cannot_be_read_is_told_that_it_was_removed(served: Broker) -> None:
+    future = served.communicator().task_send("x")
+    (row,) = served.tasks()
+    path = served.queue / f"task_{row['id']}.json"
+    text = path.read_text()
+    path.write_text(text.replace('"x"', f"{'[' * 100_000}{']' * 100_000}"))
+    served.run("remove", row["id"])
+    with pytest.raises(kiwipy.RemoteException, match="was removed"):
+        future.result(TIMEOUT)
+
+
+@pytest.mark.parametrize("line", ["send 1 --wait --timeout 1e10", "call nobody 1 --timeout 1e10"])
+def test_a_timeout_may_be_longer_than_any_clock(served: Broker, line: str) -> None:
+    served.communicator("worker").add_task_subscriber(lambda _, body: body)
+    assert "Traceback" not in obey(served, *line.split()).stderr
+
+
 def test_what_cannot_be_done_to_one_task_is_done_to_the_others(served: Broker) -> None:
     sender = served.communicator()
     for number in range(2):
