@@ -114,17 +114,24 @@ def _obey(options: argparse.Namespace, serve: Serve) -> int:
         serve(options.profile, options.directory, options.ready_descriptor)
         return 0
     answer = options.obey(options)
-    try:
-        while True:
+    endless = getattr(options, "watch", False) or getattr(options, "follow", False)
+    seen_enough = False
+    while True:
+        try:
             text, data = next(answer)
+        except StopIteration as end:
+            return end.value or 0
+        try:
+            if seen_enough:
+                continue  # What was to be done is done, read or not.
             if options.json:
                 _print(json.dumps({"version": 1, **data}, default=str))
             else:
                 _print(text if isinstance(text, str) else "\n".join(text))
-    except StopIteration as end:
-        return end.value or 0
-    except _SeenEnough:
-        return 0
+        except _SeenEnough:
+            if endless:
+                return 0
+            seen_enough = True
 
 
 def _config_path(options: argparse.Namespace) -> Path:
@@ -287,14 +294,8 @@ def _trial() -> Any:
 
 
 def _send(options: argparse.Namespace) -> Answer:
-    result = _trial().send(
-        options.profile,
-        options.directory,
-        options.body,
-        options.queue,
-        wait=options.wait,
-        timeout=options.timeout,
-    )
+    to = (options.profile, options.directory, options.body, options.queue)
+    result = _trial().send(*to, wait=options.wait, timeout=options.timeout)
     yield words.pretty(result) if options.wait else "Sent.", {"result": result}
     return 0
 
@@ -314,28 +315,28 @@ def _broadcast(options: argparse.Namespace) -> Answer:
 # Installations
 
 
-def _list(options: argparse.Namespace) -> Answer:
+def _installing() -> Any:
     if TYPE_CHECKING or not __package__:
         import control_install
     else:
         from . import control_install
-    rows = control_install.installations()
+    return control_install
+
+
+def _list(options: argparse.Namespace) -> Answer:
+    rows = _installing().installations()
     yield words.installations(rows), {"profiles": rows}
     return 0
 
 
 def _delete(options: argparse.Namespace) -> Answer:
-    if TYPE_CHECKING or not __package__:
-        import control_install
-    else:
-        from . import control_install
     counts = control.status(control.find(options.directory).config_path)["tasks"]
     if not options.yes:
         question = f"Delete {options.directory}/coordinator with {words.counts(counts)}? [y/N] "
         print(question, end="", flush=True, file=sys.stderr)
         if sys.stdin is None or sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise presence.CoordinatorError("nothing was deleted: answer 'y', or give --yes")
-    removed, left = control_install.delete(options.directory)
+    removed, left = _installing().delete(options.directory)
     for path in removed:
         yield f"Deleted {path}.", {"deleted": str(path)}
     for path in left:

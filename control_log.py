@@ -93,7 +93,8 @@ def _after(queue: Path, descriptor: int) -> int | None:
     paths = _existing(queue)
     here = [files.is_in_place(path, descriptor) for path in paths]
     # If ours has been moved elsewhere, as logrotate does, it was the newest one.
-    after = paths[here.index(True) + 1 :] if True in here else paths[-1:]
+    newest = [path for path in paths if path.name == "coordinator.log"]
+    after = paths[here.index(True) + 1 :] if True in here else newest
     with contextlib.suppress(FileNotFoundError):
         return os.open(after[0], os.O_RDONLY) if after else None
     return None

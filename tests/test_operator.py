@@ -340,6 +340,22 @@ def test_a_timeout_may_be_longer_than_any_clock(served: Broker, line: str) -> No
     assert "Traceback" not in obey(served, *line.split()).stderr
 
 
+@pytest.mark.parametrize("line", ["remove", "purge --state waiting", "status"])
+def test_what_is_to_be_done_is_done_though_nobody_reads_what_is_said(broker: Broker, line: str) -> None:
+    sender = broker.communicator(fsync=False)
+    for number in range(20):
+        sender.task_send(number, no_reply=True)
+    ids = [row["id"] for row in broker.tasks()] if line == "remove" else []
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        said = obey(broker, *line.split(), *ids, stdout=write_end)
+    finally:
+        os.close(write_end)
+    assert (said.returncode, said.stderr) == (control_line.NOT_RUNNING if line == "status" else 0, "")
+    assert len(broker.tasks()) == (20 if line == "status" else 0)
+
+
 def test_what_cannot_be_done_to_one_task_is_done_to_the_others(served: Broker) -> None:
     sender = served.communicator()
     for number in range(2):
