@@ -17,10 +17,10 @@ import burial
 import directories
 from harness import Broker, eventually
 
-# A shell that runs the suite in the background has the first ignored, nohup the second, and children would inherit it.
-for ignored, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+# A shell that runs the suite in the background, and nohup, have some ignored, and children would inherit that.
+for ignored in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
     if signal.getsignal(ignored) is signal.SIG_IGN:
-        signal.signal(ignored, handler)
+        signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import termios
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -742,10 +743,15 @@ def foreground(broker: Broker, **environment: str) -> Iterator[subprocess.Popen[
     command = [*COORDINATOR, f"--profile={broker.profile}", f"--config-path={broker.config_path}"]
     options = {"stderr": subprocess.PIPE, "text": True, "env": {**os.environ, **environment}}
     with subprocess.Popen([*command, "start", "--foreground"], **options) as process:
+        # Whoever waits for a line that does not come waits for its end then.
+        patience = threading.Timer(TIMEOUT, process.kill)
+        patience.start()
         try:
             yield process
         finally:
             process.kill()
+            patience.cancel()
+            patience.join()
 
 
 @pytest.mark.parametrize("abstract", [False, True])
