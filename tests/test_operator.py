@@ -744,7 +744,7 @@ def foreground(broker: Broker, **environment: str) -> Iterator[subprocess.Popen[
     options = {"stderr": subprocess.PIPE, "text": True, "env": {**os.environ, **environment}}
     with subprocess.Popen([*command, "start", "--foreground"], **options) as process:
         # Whoever waits for a line that does not come waits for its end then.
-        patience = threading.Timer(TIMEOUT, process.kill)
+        patience = threading.Timer(4 * TIMEOUT, process.kill)
         patience.start()
         try:
             yield process
