@@ -256,7 +256,8 @@ def _remove(layout: directories.Layout, found: Found) -> bool:
         return False
     try:
         if found.state == "waiting":
-            burial.tell_sender(layout, draft, f"task {found.task_id} was removed from the queue")
+            with contextlib.suppress(OSError):  # Where the pipes are gone, nobody waits.
+                burial.tell_sender(layout, draft, f"task {found.task_id} was removed from the queue")
     except BaseException:
         os.rename(draft, found.path)
         raise
