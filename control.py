@@ -34,6 +34,8 @@ else:
     from . import directories, fifo, files, presence, taskqueue
 
 STATES = tuple(taskqueue.PLACES)
+OTHER_DEFAULT = "queues/default"
+"""What the commands call a queue that its user has called 'default', which is not the default one."""
 _PATIENCE_SECONDS = 12.0  # Longer than the ten seconds after which one whose intake was removed hears us again.
 
 
@@ -160,19 +162,27 @@ def drain(config_path: str | os.PathLike[str], timeout: float | None = None) -> 
 
     :param timeout: for how many seconds at most; `None`: as long as it takes.
     :return: the workers that still hold tasks: ``worker_id``, ``pid`` (`None`: not known) and ``in_hand``.
-    :raises presence.CoordinatorError: no broker has run there.
+    :raises presence.CoordinatorError: no broker has run there, or somebody has resumed meanwhile.
+    :raises OSError: what is in hand cannot be seen.
     """
     layout = find(config_path)
     pause(config_path)
     deadline = None if timeout is None else time.monotonic() + timeout
-    while True:
-        in_hand = collections.Counter(claim for queue in queues(layout).values() for claim, _ in queue.claimed())
+    while os.path.lexists(layout.paused):
+        in_hand = collections.Counter(
+            worker_id for queue in queues(layout).values() for worker_id, _ in queue.claimed(_refuse)
+        )
         busy = [_busy(layout, *each) for each in in_hand.items() if _may_live(layout, each[0])]
         left = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
         if not busy or left <= 0:
             return busy
         # No event tells of another's claims, and a person watches.
         select.select([], [], [], left)
+    raise presence.CoordinatorError("somebody has resumed meanwhile: new tasks are started")
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -180,7 +190,13 @@ def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
     layout = directories.locate(config_path)
     said = (presence.coordinator(layout) if layout else None) or {}
     in_hand: collections.Counter[str] = collections.Counter()
-    rows = [_queue_row(layout, key, queue, in_hand) for key, queue in queues(layout).items()] if layout else []
+    rows, unreadable = [], list[str]()
+    if layout is not None:
+        for key, queue in queues(layout).items():
+            try:
+                rows.append({"name": queue_name(layout, key), **_queue_row(queue, in_hand, unreadable)})
+            except OSError as error:  # One that cannot be read hides no other.
+                unreadable.append(files.told(error))
     workers = _live_workers(layout, in_hand, said.get("dropped")) if layout else []
     for row in rows:
         row["subscribers"] = sum(1 for worker in workers if row["name"] in worker["queues"])
@@ -199,6 +215,7 @@ def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
         "oldest_waiting_seconds": max((row["oldest_waiting_seconds"] or 0 for row in rows), default=0) or None,
         "queues": rows,
         "workers": workers,
+        "unreadable": unreadable,
     }
 
 
@@ -256,11 +273,12 @@ def queues(layout: directories.Layout) -> dict[str, taskqueue.TaskQueue]:
 
 
 def queue_name(layout: directories.Layout, key: str) -> str:
-    """Return a queue's name as its user wrote it."""
+    """Return a queue's name as its user wrote it; but of one that was called 'default', where it lies."""
+    name = key
     with contextlib.suppress(OSError, files.NotAFile):
         if key:
-            return files.read(layout.queue_directory(key) / "name").decode(errors="replace") or key
-    return key or "default"
+            name = files.read(layout.queue_directory(key) / "name").decode(errors="replace") or key
+    return (OTHER_DEFAULT if name == "default" else name) if key else "default"
 
 
 def ring(layout: directories.Layout, key: str, name: str) -> None:
@@ -274,18 +292,17 @@ def age(task_id: str) -> float | None:
     return max(0.0, time.time() - int(sent) / 1e9) if len(sent) == 20 and sent.isdecimal() else None
 
 
-def _queue_row(
-    layout: directories.Layout, key: str, queue: taskqueue.TaskQueue, in_hand: collections.Counter[str]
-) -> dict[str, Any]:
+def _queue_row(queue: taskqueue.TaskQueue, in_hand: collections.Counter[str], unreadable: list[str]) -> dict[str, Any]:
     waiting, oldest = 0, "~"
     for name in queue.names():
         waiting += 1
         oldest = min(oldest, name)
-    held = collections.Counter(claim for claim, _ in queue.claimed())
+    held = collections.Counter(
+        worker_id for worker_id, _ in queue.claimed(lambda error: unreadable.append(files.told(error)))
+    )
     in_hand.update(held)
     day, minute = _recently_completed(queue)
     return {
-        "name": queue_name(layout, key),
         "waiting": waiting,
         "claimed": held.total(),
         "completed": day,

@@ -91,6 +91,8 @@ def delete(config_path: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]
     :raises OSError: something cannot be removed.
     """
     layout = control.find(config_path)
+    if os.stat(layout.queue).st_uid != os.geteuid():
+        raise presence.CoordinatorError(f"{layout.queue} is another user's: delete it as that user")
     _refuse_inhabited(layout)
     control.stop(config_path)
     _refuse_inhabited(layout)

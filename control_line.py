@@ -66,7 +66,7 @@ def main(arguments: list[str] | None, serve: Serve, prog: str) -> int:
 
 
 def _complain(prog: str, error: Exception, status: int) -> int:
-    if sys.stderr is not None:  # As it is where somebody has closed it.
+    with contextlib.suppress(OSError, AttributeError):  # Somebody has closed it, or nobody has room for it.
         print(f"{prog}: {words.plain(files.told(error))}", file=sys.stderr)
     return status
 
@@ -234,11 +234,13 @@ def _logs(options: argparse.Namespace) -> Answer:
 
 
 def _tasks(options: argparse.Namespace) -> Answer:
-    rows = control_tasks.tasks(
-        options.directory, options.state, options.queue, errors=options.errors, limit=options.limit
-    )
+    problems: list[OSError] = []
+    only = {"errors": options.errors, "limit": options.limit, "warn": problems.append}
+    rows = control_tasks.tasks(options.directory, options.state, options.queue, **only)
     yield words.tasks(rows), {"tasks": rows}
-    return 0
+    for problem in problems:
+        _complain(options.prog, problem, FAILED)
+    return FAILED if problems else 0
 
 
 def _show(options: argparse.Namespace) -> Answer:
@@ -248,34 +250,30 @@ def _show(options: argparse.Namespace) -> Answer:
     return 0
 
 
-def _each(options: argparse.Namespace, act: Callable[[Path, str], str], done: str) -> Answer:
-    """Do something to each task that is named; what cannot be done to one stops nobody from doing it to the next."""
-    status = 0
-    for given in dict.fromkeys(options.task_ids):
-        try:
-            task_id = act(options.directory, given)
-        except (control_tasks.NoSuchTask, OSError) as error:
-            status = _complain(options.prog, error, FAILED)
-        else:
+def _each(options: argparse.Namespace, each: Iterable[control_tasks.Done], done: str) -> Answer:
+    """Say what became of each task."""
+    number, status = 0, 0
+    for task_id, problem in each:
+        if problem is None:
+            number += 1
             yield f"{done} {task_id}.", {done.lower(): task_id}
+        else:
+            status = _complain(options.prog, problem, FAILED)
+    if options.command == "purge":
+        yield f"{words.count(number, f'{options.state} task')} removed.", {"number": number}
     return status
 
 
 def _requeue(options: argparse.Namespace) -> Answer:
-    return (yield from _each(options, control_tasks.requeue, "Requeued"))
+    return (yield from _each(options, control_tasks.requeue(options.directory, options.task_ids), "Requeued"))
 
 
 def _remove(options: argparse.Namespace) -> Answer:
-    return (yield from _each(options, control_tasks.remove, "Removed"))
+    return (yield from _each(options, control_tasks.remove(options.directory, options.task_ids), "Removed"))
 
 
 def _purge(options: argparse.Namespace) -> Answer:
-    number = 0
-    for task_id in control_tasks.purge(options.directory, options.state, options.queue):
-        number += 1
-        yield f"Removed {task_id}.", {"removed": task_id}
-    yield f"{words.count(number, f'{options.state} task')} removed.", {"number": number}
-    return 0
+    return (yield from _each(options, control_tasks.purge(options.directory, options.state, options.queue), "Removed"))
 
 
 # To try it

@@ -6,31 +6,30 @@ one rename, which a worker that claims the task at the same moment either wins o
 Rules:
 - No body is read but of the task that is shown or removed.
 - What a live worker holds is that worker's: it is not touched. What a dead one holds is given back first.
-- Whoever sent a task that is removed before it is done is told so.
+- Whoever sent a task that is removed before it is done is told so. No moment of that is one in which a kill loses it.
+- What cannot be read, or done, hides and hinders nothing else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import heapq
 import os
-import stat
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING or not __package__:
     import burial
     import control
     import directories
     import files
-    import frames
     import presence
     import taskqueue
 else:
-    from . import burial, control, directories, files, frames, presence, taskqueue
+    from . import burial, control, directories, files, presence, taskqueue
 
 
 @dataclass(frozen=True)
@@ -64,15 +63,30 @@ class NoSuchTask(presence.CoordinatorError):
     """There is no task of that id, or nothing can be done to it; the message says which, and what to do."""
 
 
-def _all(layout: directories.Layout, states: tuple[str, ...], queue: str | None = None) -> Iterator[Found]:
+Warn: TypeAlias = Callable[[OSError], object]
+"""Told of what cannot be read, which hides nothing else."""
+Done: TypeAlias = tuple[str, "NoSuchTask | OSError | None"]
+"""A task's id, and what kept it from being done."""
+_EVERYWHERE = (*control.STATES, "waiting")
+"""What waits is looked at once more at the end, for what was given back when its place had been looked at."""
+
+
+def _all(
+    layout: directories.Layout, states: tuple[str, ...], queue: str | None = None, warn: Warn = lambda error: None
+) -> Iterator[Found]:
     """Yield the tasks in some states; one that moves on meanwhile may be met twice."""
     for key, known in control.queues(layout).items():
         if queue in (None, control.queue_name(layout, key)):
             for state in states:
-                if state == "claimed":
-                    yield from (Found(name, state, key, known, worker_id) for worker_id, name in known.claimed())
-                else:
-                    yield from (Found(name, state, key, known, None) for name in known.names(taskqueue.PLACES[state]))
+                try:
+                    if state == "claimed":
+                        yield from (Found(name, state, key, known, worker) for worker, name in known.claimed(warn))
+                    else:
+                        yield from (
+                            Found(name, state, key, known, None) for name in known.names(taskqueue.PLACES[state])
+                        )
+                except OSError as error:
+                    warn(error)
 
 
 def tasks(
@@ -82,6 +96,7 @@ def tasks(
     *,
     errors: bool = False,
     limit: int | None = None,
+    warn: Warn = lambda error: None,
 ) -> list[dict[str, Any]]:
     """List the tasks, oldest first; the answer is what ``tasks --json`` prints.
 
@@ -91,15 +106,22 @@ def tasks(
     :param queue: the name of a queue, as its user wrote it (default: all; 'default' is the default one).
     :param errors: only those whose subscriber raised, or that were given up on.
     :param limit: the oldest so many.
-    :raises presence.CoordinatorError: no broker has run there.
+    :param warn: told of what cannot be read, which hides nothing else.
+    :raises presence.CoordinatorError: no broker has run there, or there is no such queue.
     """
     layout = control.find(config_path)
-    # What waits is listed once more at the end, for what was given back when its place had been looked at.
-    states = (state,) if state else (*control.STATES, "waiting")
-    found = {(each.key, each.task_id): each for each in _all(layout, states, queue)}
+    _expect_queue(layout, queue)
+    found = {(each.key, each.task_id): each for each in _all(layout, (state,) if state else _EVERYWHERE, queue, warn)}
     chosen = [each for each in found.values() if not errors or _has_reason(each)]
     oldest = heapq.nsmallest(len(chosen) if limit is None else limit, chosen, key=lambda each: each.name)
-    return [_row(layout, each) for each in oldest]
+    names = {key: control.queue_name(layout, key) for key in {each.key for each in oldest}}
+    return [_row(each, names[each.key]) for each in oldest]
+
+
+def _expect_queue(layout: directories.Layout, queue: str | None) -> None:
+    known = [control.queue_name(layout, key) for key in control.queues(layout)]
+    if queue is not None and queue not in known:
+        raise presence.CoordinatorError(f"there is no queue {queue}; there are {', '.join(sorted(known))}")
 
 
 def _has_reason(found: Found) -> bool:
@@ -108,13 +130,13 @@ def _has_reason(found: Found) -> bool:
     )
 
 
-def _row(layout: directories.Layout, found: Found) -> dict[str, Any]:
+def _row(found: Found, queue: str) -> dict[str, Any]:
     task_id, deaths = taskqueue.split(found.name)
     return {
         "id": task_id,
         "age_seconds": control.age(task_id),
         "state": found.state,
-        "queue": control.queue_name(layout, found.key),
+        "queue": queue,
         "worker": found.worker,
         "deaths": deaths,
         "outcome": _outcome(found),
@@ -134,16 +156,27 @@ def _find(layout: directories.Layout, task_id: str) -> Found:
 
     :raises NoSuchTask: there is none, or more than one.
     """
-    found: dict[tuple[str, str], Found] = {}
-    for each in _all(layout, control.STATES):
-        if task_id in (each.name, each.task_id):
-            return each
-        if task_id and (each.task_id.startswith(task_id) or each.task_id.endswith(task_id)):
-            found[each.key, each.task_id] = each
-    if len(found) != 1:
-        told = f"{len(found)} tasks have ids that begin or end with" if found else "no task is called"
-        raise NoSuchTask(f"{told} {task_id}; 'tasks' lists them")
-    return found.popitem()[1]
+    found = _find_each(layout, [task_id])[task_id]
+    if isinstance(found, NoSuchTask):
+        raise found
+    return found
+
+
+def _find_each(layout: directories.Layout, task_ids: Iterable[str]) -> dict[str, Found | NoSuchTask]:
+    """Find several tasks, all before anything is done to one: what is ambiguous stays so."""
+    found: dict[str, Found | NoSuchTask] = {}
+    wanted = set(task_ids)
+    there = {(each.key, each.task_id): each for each in _all(layout, _EVERYWHERE)}
+    for each in there.values():
+        found |= {task_id: each for task_id in {each.name, each.task_id} & wanted}
+    for task_id in wanted - found.keys():
+        matching = [
+            each for each in there.values() if each.task_id.startswith(task_id) or each.task_id.endswith(task_id)
+        ]
+        told = f"{len(matching)} tasks have ids that begin or end with" if matching else "no task is called"
+        problem = NoSuchTask(f"{told} {task_id}; 'tasks' lists them")
+        found[task_id] = matching[0] if len(matching) == 1 and task_id else problem
+    return found
 
 
 def show(config_path: str | os.PathLike[str], task_id: str) -> dict[str, Any]:
@@ -154,21 +187,22 @@ def show(config_path: str | os.PathLike[str], task_id: str) -> dict[str, Any]:
     """
     layout = control.find(config_path)
     found = _find(layout, task_id)
-    answer = {**_row(layout, found), "file": found.path, "reason": None, "unreadable": None}
+    answer = {**_row(found, control.queue_name(layout, found.key)), "file": found.path, "unreadable": None}
     try:
         status = os.lstat(found.path)
         answer["size"], answer["since"] = status.st_size, status.st_ctime
-        message = frames.parse(files.read(found.path)) if stat.S_ISREG(status.st_mode) else {}
+        message = taskqueue.Task.read(found.path, found.name).message
     except FileNotFoundError:
         raise NoSuchTask(f"task {found.task_id} has moved on meanwhile: ask again") from None
-    except (ValueError, OSError) as error:
-        message, answer["unreadable"] = {}, str(error)
+    except taskqueue.Unreadable as error:
+        message, answer["unreadable"] = error.envelope, str(error)
+    except OSError as error:
+        message, answer["unreadable"] = {}, files.told(error)
     reply_to = message.get("reply_to")
     answer |= {key: message.get(key) for key in ("body", "no_reply", "reply_to", "correlation_id")}
     answer["sender_lives"] = directories.is_reply_pipe(reply_to) and _is_read(layout.pipes / str(reply_to))
     answer["worker_pid"] = _pid(layout, found.worker) if found.worker else None
-    if found.state in ("completed", "failed"):
-        answer["reason"] = found.queue.reason(found.name, found.state) or None
+    answer["reason"] = found.queue.reason(found.name, found.place) or None
     return answer
 
 
@@ -202,65 +236,89 @@ def _let_go(layout: directories.Layout, found: Found) -> Found:
     return again
 
 
-def requeue(config_path: str | os.PathLike[str], task_id: str) -> str:
-    """Move a failed or completed task back to waiting.
+def requeue(config_path: str | os.PathLike[str], task_ids: Iterable[str]) -> Iterator[Done]:
+    """Move failed or completed tasks back to waiting.
 
-    :param task_id: its id, or the beginning or end of it.
-    :return: its id.
-    :raises NoSuchTask: there is none, or it waits already, or a worker has it.
+    :param task_ids: their ids, or the beginnings or ends of them.
+    :raises presence.CoordinatorError: no broker has run there.
     """
-    layout = control.find(config_path)
-    found = _let_go(layout, _find(layout, task_id))
-    if found.state == "waiting":
-        raise NoSuchTask(f"task {found.task_id} waits already")
-    name = found.queue.requeue(found.name)
-    if name is None:
-        raise NoSuchTask(f"task {found.task_id} has moved on meanwhile: ask again")
-    control.ring(layout, found.key, name)
-    return name
+    return _each(control.find(config_path), task_ids, _requeue)
 
 
-def remove(config_path: str | os.PathLike[str], task_id: str) -> str:
-    """Remove a task, whatever its state, unless a live worker holds it; its sender gets an exception.
+def remove(config_path: str | os.PathLike[str], task_ids: Iterable[str]) -> Iterator[Done]:
+    """Remove tasks, whatever their states, unless a live worker holds them; their senders get an exception.
 
-    :param task_id: its id, or the beginning or end of it.
-    :return: its id.
-    :raises NoSuchTask: there is none, or a live worker has it.
+    :param task_ids: their ids, or the beginnings or ends of them.
+    :raises presence.CoordinatorError: no broker has run there.
     """
-    layout = control.find(config_path)
-    found = _let_go(layout, _find(layout, task_id))
-    if not _remove(layout, found):
-        raise NoSuchTask(f"task {found.task_id} has moved on meanwhile: ask again")
-    return found.task_id
+    return _each(control.find(config_path), task_ids, _remove)
 
 
-def purge(config_path: str | os.PathLike[str], state: str, queue: str | None = None) -> Iterator[str]:
-    """Remove the tasks in a state; yields the id of each.
+def purge(config_path: str | os.PathLike[str], state: str, queue: str | None = None) -> Iterator[Done]:
+    """Remove the tasks in a state.
 
     :param state: 'waiting', 'completed' or 'failed'.
     :param queue: the name of a queue (default: all).
+    :raises presence.CoordinatorError: no broker has run there, or there is no such queue.
     """
     layout = control.find(config_path)
-    for found in list(_all(layout, (state,), queue)):
-        if _remove(layout, found):
-            yield found.task_id
+    _expect_queue(layout, queue)
+    problems: list[OSError] = []
+    for found in list(_all(layout, (state,), queue, problems.append)):
+        # One that has moved on meanwhile is none of these any more.
+        with contextlib.suppress(NoSuchTask):
+            yield _done(layout, found, _remove)
+    yield from ((state, problem) for problem in problems)
 
 
-def _remove(layout: directories.Layout, found: Found) -> bool:
-    """Say whether it was still there."""
-    # First it is taken away, so that no worker claims it while its sender is told; and put back if that cannot be done.
-    draft = f"{found.queue.directory}/.{found.name}.{uuid.uuid4().hex}"
+def _each(
+    layout: directories.Layout, task_ids: Iterable[str], act: Callable[[directories.Layout, Found], None]
+) -> Iterator[Done]:
+    done = set[tuple[str, str]]()
+    given = list(dict.fromkeys(task_ids))
+    resolved = _find_each(layout, given)
+    for task_id in given:
+        found = resolved[task_id]
+        try:
+            if isinstance(found, NoSuchTask):
+                raise found
+            if (found.key, found.task_id) not in done:  # It may have been named twice.
+                done.add((found.key, found.task_id))
+                yield _done(layout, found, act)
+        except NoSuchTask as problem:
+            yield task_id, problem
+
+
+def _done(layout: directories.Layout, found: Found, act: Callable[[directories.Layout, Found], None]) -> Done:
     try:
-        os.rename(found.path, draft)
+        act(layout, found)
+    except OSError as problem:
+        return found.task_id, problem
+    return found.task_id, None
+
+
+def _requeue(layout: directories.Layout, found: Found) -> None:
+    given_back = _let_go(layout, found)
+    if given_back.state == "waiting" and found.state == "waiting":
+        raise NoSuchTask(f"task {found.task_id} waits already")
+    name = given_back.name if given_back.state == "waiting" else given_back.queue.requeue(given_back.name)
+    if name is None:
+        raise NoSuchTask(f"task {found.task_id} has moved on meanwhile: ask again")
+    control.ring(layout, found.key, name)
+
+
+def _remove(layout: directories.Layout, found: Found) -> None:
+    found = _let_go(layout, found)
+    # By way of failed/: whoever is interrupted here, or killed, leaves it where everybody sees it, and why.
+    if found.state == "waiting" and found.queue.fail(
+        found.name, "", "it was being removed: do so again, or requeue it"
+    ):
+        found = dataclasses.replace(found, state="failed")
+    if found.state == "failed":
+        with contextlib.suppress(FileNotFoundError):  # The pipes are gone, and so is whoever waited.
+            burial.tell_sender(layout, found.path, f"task {found.task_id} was removed from the queue")
+    try:
+        os.unlink(found.path)
     except FileNotFoundError:
-        return False
-    try:
-        if found.state == "waiting":
-            with contextlib.suppress(OSError):  # Where the pipes are gone, nobody waits.
-                burial.tell_sender(layout, draft, f"task {found.task_id} was removed from the queue")
-    except BaseException:
-        os.rename(draft, found.path)
-        raise
-    files.remove(draft)
-    files.remove(f"{found.path.removesuffix('.json')}.reason")
-    return True
+        raise NoSuchTask(f"task {found.task_id} has moved on meanwhile: ask again") from None
+    found.queue.forget_reason(found.name, found.place)

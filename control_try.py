@@ -45,7 +45,9 @@ def send(
     :raises presence.CoordinatorError: the task failed.
     """
     with _communicator(profile_name, config_path) as communicator:
-        sender = communicator if queue in (None, "default") else communicator.task_queue(queue)
+        sender: Any = communicator
+        if queue not in (None, "default"):
+            sender = communicator.task_queue("default" if queue == control.OTHER_DEFAULT else str(queue))
         future = sender.task_send(body, no_reply=not wait)
         with _in_words("the task was accepted, and its outcome has not come"):
             return _outcome(future, timeout) if wait else None

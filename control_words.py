@@ -14,11 +14,17 @@ from typing import Any
 
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 _WIDTH = 30
+_LONGEST = 200
 
 
 def plain(text: object) -> str:
     """Return text with whatever is not printable written out, line ends aside."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def flat(text: object) -> str:
+    """Return text of one line, as `plain` does: nobody adds a line of his own to ours."""
+    return plain(text).replace("\n", " ")
 
 
 def duration(seconds: float | None) -> str:
@@ -68,22 +74,28 @@ def status(answer: dict[str, Any]) -> Iterator[str]:
     for queue in answer["queues"]:
         if len(answer["queues"]) > 1:
             yield (
-                f"  {plain(queue['name'])}: {queue['waiting']} waiting, {queue['claimed']} claimed, "
+                f"  {flat(queue['name'])}: {queue['waiting']} waiting, {queue['claimed']} claimed, "
                 f"{queue['completed']} completed, {queue['failed']} failed, {count(queue['subscribers'], 'subscriber')}"
             )
+    yield from _workers(answer)
+    for problem in answer["unreadable"]:
+        yield f"Not all can be seen: {flat(problem)}"
+    for queue in answer["queues"]:
+        if queue["waiting"] and not queue["subscribers"]:
+            wait = "tasks wait" if queue["waiting"] > 1 else "task waits"
+            yield f"{queue['waiting']:,} {wait} in queue {flat(queue['name'])}, and nobody subscribes to it."
+
+
+def _workers(answer: dict[str, Any]) -> Iterator[str]:
     yield f"Workers:     {len(answer['workers'])}"
     for worker in answer["workers"]:
         queues = ", ".join(f"{name} (prefetch {size or 'unlimited'})" for name, size in worker["queues"].items())
         yield (
-            f"  {worker['worker_id']}: pid {worker['pid']}, since {local_time(worker['since'])}, "
-            f"tasks: {plain(queues) or 'none'}, RPC identifiers: {worker['rpc']}, "
+            f"  {flat(worker['worker_id'])}: pid {worker['pid']}, since {local_time(worker['since'])}, "
+            f"tasks: {flat(queues) or 'none'}, RPC identifiers: {worker['rpc']}, "
             f"broadcasts: {'yes' if worker['broadcast'] else 'no'} ({worker['broadcasts_dropped']} dropped), "
             f"in hand: {worker['in_hand']}{_other_version(answer, worker)}"
         )
-    for queue in answer["queues"]:
-        if queue["waiting"] and not queue["subscribers"]:
-            wait = "tasks wait" if queue["waiting"] > 1 else "task waits"
-            yield f"{queue['waiting']:,} {wait} in queue {plain(queue['name'])}, and nobody subscribes to it."
 
 
 def _other_version(answer: dict[str, Any], worker: dict[str, Any]) -> str:
@@ -96,7 +108,7 @@ def bars(answer: dict[str, Any], *, colour: bool) -> Iterator[str]:
     yield f"{local_time(time.time())}  coordinator {state}{', PAUSED' if answer['paused'] else ''}"
     top = max([1, *(max(queue["waiting"], queue["claimed"]) for queue in answer["queues"])])
     for queue in answer["queues"]:
-        yield f"{plain(queue['name'])}"
+        yield f"{flat(queue['name'])}"
         for label, number, code in (
             ("waiting", queue["waiting"], 33),
             ("claimed", queue["claimed"], 36),
@@ -166,7 +178,7 @@ def tasks(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def _table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> Iterator[str]:
     lines = [tuple(map(str.upper, columns))]
-    lines += [tuple(plain(row[column]).replace("\n", " ") for column in columns) for row in rows]
+    lines += [tuple(flat(row[column]) for column in columns) for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         yield "  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip()
@@ -179,24 +191,24 @@ def task(answer: dict[str, Any], screen: int | None) -> Iterator[str]:
     """
     yield f"Task:     {answer['id']}"
     yield f"State:    {answer['state']}, since {local_time(answer['since'])}"
-    yield f"Queue:    {plain(answer['queue'])}"
+    yield f"Queue:    {flat(answer['queue'])}"
     yield f"Sent:     {duration(answer['age_seconds'])} ago, {_sender(answer)}"
     if answer["worker"]:
         lives = f"pid {answer['worker_pid']}" if answer["worker_pid"] else "which is dead"
-        yield f"Worker:   {answer['worker']}, {lives}"
+        yield f"Worker:   {flat(answer['worker'])}, {lives}"
     yield f"Deaths:   {answer['deaths']}"
     yield f"File:     {answer['file']}, {answer['size']:,} bytes"
     if answer["outcome"]:
-        yield f"Outcome:  {plain(answer['outcome'])}"
+        yield f"Outcome:  {flat(answer['outcome'])}"
     if answer["unreadable"]:
-        yield f"It cannot be read: {plain(answer['unreadable'])}"
+        yield f"It cannot be read: {flat(answer['unreadable'])}"
     else:
         yield "Body:"
-        lines = json.dumps(answer["body"], indent=2, ensure_ascii=False).splitlines()
-        shown = lines if screen is None else lines[: max(1, screen)]
-        yield from (plain(line) if screen is None else plain(line)[:200] for line in shown)
-        if len(shown) < len(lines):
-            yield f"... and {count(len(lines) - len(shown), 'line')} more, with --full"
+        lines = json.dumps(answer["body"], indent=2, ensure_ascii=False).split("\n")
+        shown = lines if screen is None else [each[:_LONGEST] for each in lines[: max(1, screen)]]
+        yield from map(plain, shown)
+        if shown != lines:
+            yield f"... cut here, of {count(len(lines), 'line')}; all of it with --full"
     if answer["reason"]:
         yield "Reason:"
         yield plain(answer["reason"]).rstrip()
@@ -205,4 +217,4 @@ def task(answer: dict[str, Any], screen: int | None) -> Iterator[str]:
 def _sender(answer: dict[str, Any]) -> str:
     if answer["no_reply"] or not answer["reply_to"]:
         return "by somebody who wants no outcome"
-    return f"by {plain(answer['reply_to'])}, which {'lives' if answer['sender_lives'] else 'is gone'}"
+    return f"by {flat(answer['reply_to'])}, which {'lives' if answer['sender_lives'] else 'is gone'}"

@@ -40,13 +40,12 @@ if TYPE_CHECKING or not __package__:
     import files
     import frames
     import presence
-    import service
     import strangers
     from peers import Peers, Queues
     from poller import Poller
     from readers import Pipes
 else:
-    from . import bodies, burial, directories, fifo, files, frames, presence, service, strangers
+    from . import bodies, burial, directories, fifo, files, frames, presence, strangers
     from .peers import Peers, Queues
     from .poller import Poller
     from .readers import Pipes
@@ -339,6 +338,12 @@ def serve(profile_name: str, config_path: Path, ready: int | None = None) -> Non
 
 
 def _serve(profile_name: str, config_path: Path, say: Callable[[str], None], *, terminal: bool) -> None:
+    # Not at the top, as it takes long to load, and who asks for the status does not need it.
+    if TYPE_CHECKING or not __package__:
+        import service
+    else:
+        from . import service
+
     # Before it has its lock, which would be taken for that of one that serves.
     file = directories.establish(profile_name, config_path).queue / "coordinator.log"
     log = service.log_to(file, terminal=terminal)

@@ -23,7 +23,6 @@ if not hasattr(os, "mkfifo"):
 import contextlib
 import errno
 import functools
-import hashlib
 import json
 import re
 import stat
@@ -134,7 +133,8 @@ def establish(profile_name: str, config_path: str | os.PathLike[str], profile_uu
     try:
         for directory in (config / "pipes", config / "coordinator"):
             files.make_directories(directory)
-            if os.lstat(directory).st_uid != os.geteuid():
+            # Of what a symlink leads to as well: a queue may lie on another disk, but not in another's hands.
+            if {os.lstat(directory).st_uid, os.stat(directory).st_uid} != {os.geteuid()}:
                 raise DirectoryRefused(f"{directory} belongs to another user: run this as that user.")
         _check_format(config / "coordinator", profile_name, profile_uuid)
         recorded = _recorded(config)
@@ -295,6 +295,8 @@ def _is_anothers(pipes: Path, config: Path) -> bool:
 
 
 def _candidates(profile: str, config: Path) -> tuple[Path, Path]:
+    import hashlib  # Here, as few need it, and it takes long to load.
+
     digest = hashlib.sha256(f"{os.geteuid()}:".encode() + os.fsencode(config)).hexdigest()[:16]
     plain = Path(f"/tmp/aiida_{quote(profile, safe='')}_pipes")
     return plain, Path(f"{plain}_{digest}")
@@ -376,7 +378,11 @@ def quoted(name: str) -> str:
     if text.startswith("."):
         text = "%2e" + text[1:]
     # '=' is never left unquoted, so a digest is never the quoted form of another name.
-    return text if len(text) <= _LONGEST_NAME else "=" + hashlib.sha256(name.encode()).hexdigest()
+    if len(text) <= _LONGEST_NAME:
+        return text
+    import hashlib
+
+    return "=" + hashlib.sha256(name.encode()).hexdigest()
 
 
 def check_worker_id(worker_id: object) -> str:

@@ -30,13 +30,15 @@ if TYPE_CHECKING or not __package__:
     import directories
     import frames
     import taskqueue
+    from claims import Claims
     from lane import Lane
-    from poller import HELD_UP_SECONDS, Poller
+    from poller import Poller, patient
     from post import Post
 else:
     from . import directories, frames, taskqueue
+    from .claims import Claims
     from .lane import Lane
-    from .poller import HELD_UP_SECONDS, Poller
+    from .poller import Poller, patient
     from .post import Post
 
 _LOGGER = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ class Side:
     queue: taskqueue.TaskQueue
     prefetch: int
     subscribers: dict[str, Subscriber] = field(default_factory=dict)
-    claims: taskqueue.Claims | None = None
+    claims: Claims | None = None
     put_by: deque[str] = field(default_factory=deque)
     """Rings for which there was no room."""
     rung: set[str] = field(default_factory=set)
@@ -81,20 +83,15 @@ class Reports:
         self._poller = poller
         self._whose = whose
         self._mutex = threading.RLock()
-        self._names: dict[str, dict[str, list[str]]] = {}
+        self._noted: deque[tuple[str, str, str]] = deque()
+        """What became of tasks, oldest first: the key of the queue, what became of it, and its name."""
         self._due = False
         self._sending = False
 
     def add(self, key: str, kind: str, name: str, *, at_once: bool) -> None:
         """Note what became of a task; tell the coordinator soon, or at once where it may have another for us."""
-        with self._mutex:
-            kinds = self._names.setdefault(key, {})
-            if kind == "done" and name in kinds.get("claimed", ()):
-                kinds["claimed"].remove(name)  # Which "done" says as well.
-            kinds.setdefault(kind, []).append(name)
-            count = sum(len(names) for kinds in self._names.values() for names in kinds.values())
-            waits = not at_once and count < _REPORT_NAMES
-        if not waits:
+        self._noted.append((key, kind, name))
+        if at_once or len(self._noted) >= _REPORT_NAMES:
             self.send()
         elif not self._due:
             self._poller.call(self.expect)
@@ -106,41 +103,44 @@ class Reports:
             self._poller.later(_REPORT_SECONDS, self._send_due)
 
     def _send_due(self) -> None:
-        # Whoever has it may be held up by a signal handler, which may wait for the selector thread.
-        if not self._mutex.acquire(timeout=HELD_UP_SECONDS):
-            self._poller.later(_REPORT_SECONDS, self._send_due)
-            return
-        try:
-            self._due = False
-            self.send()
-        finally:
-            self._mutex.release()
+        self._due = False
+        self.send()
 
     def send(self) -> None:
         """Send what is noted."""
         # Under the lock, or a "done" that another thread notes overtakes its "claimed".
-        with self._mutex:
+        with patient(self._mutex):
             if self._sending:
                 return  # Whoever a signal handler or finalizer has interrupted here goes on.
             self._sending = True
             try:
-                while self._names:
-                    names, self._names = self._names, {}
-                    for key, kinds in names.items():
+                while self._noted:
+                    for key, kinds in self._taken().items():
                         self._post.ring({"type": "report", **self._whose(), "queue": key, **kinds})
             finally:
                 self._sending = False
 
+    def _taken(self) -> dict[str, dict[str, list[str]]]:
+        """Take out what is noted now, by queue and by what became of it."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for _ in range(len(self._noted)):
+            key, kind, name = self._noted.popleft()
+            kinds = found.setdefault(key, {})
+            if kind == "done" and name in kinds.get("claimed", ()):
+                kinds["claimed"].remove(name)  # Which "done" says as well.
+            kinds.setdefault(kind, []).append(name)
+        return found
+
     def disown(self) -> None:
         """Have nothing to send, in a forked child."""
         self._mutex = threading.RLock()  # Another thread of the parent may have had it.
-        self._names.clear()
+        self._noted.clear()
 
 
 class Holdings:
     """Claims tasks, and lets them go.
 
-    `sides` is added to under the lock of ``subscriptions.py``, and each `taskqueue.Claims` guards itself.
+    `sides` is added to under the lock of ``subscriptions.py``, and each `Claims` guards itself.
     """
 
     def __init__(self, post: Post, reports: Reports, lane: Lane) -> None:
@@ -239,11 +239,13 @@ class Holdings:
             self._waiters.pop(idle, None)
 
     def _tell_if_idle(self) -> None:
-        if self._waiters and not any(len(side.claims) for side in list(self.sides.values()) if side.claims is not None):
+        claims = [side.claims for side in list(self.sides.values()) if side.claims is not None]
+        if self._waiters and (self._closed or all(each.is_empty() for each in claims)):
             for idle, ready in list(self._waiters.items()):
-                # Taken out by one only, as a lock that is free cannot be let go of.
-                if (ready or self._closed) and self._waiters.pop(idle, None) is not None:
-                    idle.release()
+                if ready or self._closed:
+                    with contextlib.suppress(RuntimeError):  # Another thread was faster.
+                        idle.release()
+                    self._waiters.pop(idle, None)
 
     def _let_go(self, side: Side) -> None:
         self._tell_if_idle()
@@ -275,6 +277,8 @@ class Holdings:
             task = self._pull(side, name)
             if task is not None:
                 return task
+            if side.claims.is_paused():
+                heapq.heappush(side.listed, name)  # It keeps its place.
         return None
 
     def pull_each(self, side: Side, before_each: Callable[[], None]) -> Iterator[taskqueue.Task]:
@@ -312,22 +316,23 @@ class Holdings:
         """
         for side in list(self.sides.values()):
             if side.claims is not None and side.claims.worker_id != worker_id:
-                side.claims = taskqueue.Claims(side.queue, worker_id, layout.paused)
+                side.claims = Claims(side.queue, worker_id, layout.paused)
         ours = {side.key: side.claims for side in list(self.sides.values()) if side.claims is not None}
         with contextlib.suppress(OSError):
             for key, directory in layout.queues():
                 claims = ours.get(key)
                 if claims is None:
-                    claims = taskqueue.Claims(taskqueue.TaskQueue(directory), worker_id, layout.paused)
+                    claims = Claims(taskqueue.TaskQueue(directory), worker_id, layout.paused)
                 with contextlib.suppress(OSError):  # One bad queue keeps nothing in the others.
                     claims.give_back_strays()
 
     def look(self) -> None:
-        """Move what could not be moved when it was finished."""
+        """Move what could not be moved when it was finished, and report what somebody had pulled and lost."""
         for side in list(self.sides.values()):
-            if side.claims is not None:
-                side.claims.look()
-        self._tell_if_idle()  # Which nobody says of what was lost.
+            for name in side.claims.look() if side.claims is not None else ():
+                self.report(side, "returned", name)
+                self.on_room(side)
+        self._tell_if_idle()
 
     def close(self) -> None:
         """Give back what is held."""

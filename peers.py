@@ -79,7 +79,10 @@ class Queue:
     def report(self, member: Member | None, kind: str, name: str) -> None:
         """A worker, a subscriber or not, says what became of a task."""
         if member is None:
-            (self.scheduler.add if kind in ("rejected", "returned") else self.scheduler.withdraw)(name)
+            if kind in ("rejected", "returned"):
+                self.scheduler.add(name)
+            elif kind != "lost":  # That is said of a ring, which nobody remembers.
+                self.scheduler.withdraw(name)
         elif kind == "claimed":
             self.scheduler.claimed(member, name)
         elif kind == "done":
@@ -254,8 +257,7 @@ class Peers:
             worker = presence.Worker.read(self._layout.entry(worker_id))
         except FileNotFoundError:
             if peer is not None:
-                _LOGGER.info("Worker %s (pid %d) left", worker_id, peer.worker.pid)
-                self._forget(peer)
+                self._left(peer)
             return
         except (OSError, ValueError) as error:
             _LOGGER.warning("%s", error)
@@ -352,8 +354,12 @@ class Peers:
         if self._layout.entry(peer.worker.worker_id).exists():
             self._died(peer)
         else:
-            _LOGGER.info("Worker %s (pid %d) left", peer.worker.worker_id, peer.worker.pid)
-            self._forget(peer)
+            self._left(peer)
+
+    def _left(self, peer: Peer) -> None:
+        _LOGGER.info("Worker %s (pid %d) left", peer.worker.worker_id, peer.worker.pid)
+        self._forget(peer)
+        self.suspects.add(peer.worker.worker_id)  # It may be killed on its way out.
 
     def _died(self, peer: Peer) -> None:
         _LOGGER.warning("Worker %s (pid %d) died", peer.worker.worker_id, peer.worker.pid)

@@ -14,9 +14,7 @@ Rules:
 - Only whoever holds the lock of a worker id touches what lies in its claim directories (``presence.py``). A worker
   that dies while it holds a task leaves it to be given back with one more death in its name:
   ``task_{id}.{deaths}.json``.
-- A task leaves a worker's hands in one place, `Claims._leave`: first its outcome is on its way, then it is moved.
-- A directory that somebody has removed is made again where it is needed. As long as a task's file is claimed, it is not
-  forgotten: a move that failed is tried again at the next look.
+- A directory that somebody has removed is made again where it is needed.
 - ``id`` sorts by time of submission, and strictly within one process, even if the clock steps back.
 
 The name of a task is its id with its deaths: what stands between ``task_`` and ``.json``. This module knows neither
@@ -32,7 +30,6 @@ import os
 import re
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +48,6 @@ COMPLETED_KEPT = 10_000
 PLACES = {"waiting": "", "claimed": "claimed", "completed": "completed", "failed": "failed"}
 """The words for the states, everywhere, and the directory of each."""
 _FILE = re.compile(r"task_(([0-9A-Za-z_-]{1,80})(?:\.([0-9]{1,4}))?)\.json")
-_HELD_UP_SECONDS = 0.05
 _REASON = re.compile(_FILE.pattern.replace("json", "reason"))
 
 _clock = threading.RLock()
@@ -208,12 +204,17 @@ class TaskQueue:
         """Yield the worker ids that have a claim directory."""
         return files.listed(f"{self._root}/claimed")
 
-    def claimed(self) -> Iterator[tuple[str, str]]:
-        """Yield the claimed tasks: the worker id, and the task's name."""
+    def claimed(self, warn: Callable[[OSError], object] = lambda error: None) -> Iterator[tuple[str, str]]:
+        """Yield the claimed tasks: the worker id, and the task's name.
+
+        :param warn: told of what cannot be read, which stops nobody from seeing the rest.
+        """
         for worker_id in self.claims():
-            with contextlib.suppress(OSError):  # One that cannot be read stops nobody from seeing the others.
+            try:
                 for name in self.names(f"claimed/{worker_id}"):
                     yield worker_id, name
+            except OSError as error:
+                warn(error)
 
     def is_waiting(self, name: str) -> bool:
         """Say whether a task waits under this name."""
@@ -255,6 +256,10 @@ class TaskQueue:
             files.make_directories(path.parent)
             files.write_whole(path, reason.encode(errors="replace"))
 
+    def forget_reason(self, name: str, state: str) -> None:
+        """Remove what was written down of why a task is where it is."""
+        files.remove(self._reason(name, state))
+
     def _reason(self, name: str, state: str) -> Path:
         return Path(self._root, state, f"task_{name}.reason")
 
@@ -275,9 +280,10 @@ class TaskQueue:
         for state in ("failed", "completed"):
             for name in self.names(state):
                 new = split(name)[0]
-                if task_id in (name, new) and not self.is_waiting(new) and self.move(name, state, "", new):
-                    files.remove(self._reason(name, state))
-                    return new
+                if task_id in (name, new) and not self.is_waiting(new):
+                    self.forget_reason(name, state)  # First, as its next life may have one of that name.
+                    if self.move(name, state, "", new):
+                        return new
         return None
 
     def sweep(self) -> Iterator[bool]:
@@ -308,7 +314,7 @@ class TaskQueue:
             yield len(newest) > COMPLETED_KEPT and self._remove_completed(heapq.heappop(newest)[1])
 
     def _remove_completed(self, name: str) -> bool:
-        files.remove(self._reason(name, "completed"))
+        self.forget_reason(name, "completed")
         return files.remove(self.file(name, "completed"))
 
     def _sweep_reasons(self, state: str) -> Iterator[bool]:
@@ -320,171 +326,6 @@ class TaskQueue:
         # It comes before its task, so a young one may be about to get it.
         task = f"{path.removesuffix('.reason')}.json"
         return not os.path.lexists(task) and files.is_older(path, 60.0) and files.remove(path)
-
-
-def _nothing() -> None:
-    pass
-
-
-class Claims:
-    """The tasks that one life of a worker holds in one queue.
-
-    `_mutex` guards it; it is reentrant, as a signal handler or a finalizer may settle a task. Such a handler may also
-    raise, between any two lines here. So a name stands in `_leaving` before its outcome is sent and its file is moved,
-    and until both are where they belong: what was interrupted, or could not be done, is done at the next look, if need
-    be a second time. What somebody has pulled and lost, as a handler raised before it came to him, is given back there.
-    """
-
-    def __init__(self, queue: TaskQueue, worker_id: str, paused: Path) -> None:
-        """
-        :param paused: the mark that nothing new is to be started.
-        """
-        self.queue = queue
-        self._paused = str(paused)
-        self.worker_id = worker_id
-        self._state = f"claimed/{worker_id}"
-        self._directory = queue.directory / self._state
-        self._held: dict[str, tuple[int, Callable[[], Task | None]]] = {}
-        """What is in hand: its `id`, and itself, which is `None` once whoever pulled it has lost it."""
-        self._leaving: dict[str, tuple[str, Callable[[], None]]] = {}
-        """What may be claimed and is in nobody's hands: the state it goes to, and what is to be done before."""
-        self._mutex = threading.RLock()
-        self._closed = False
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def is_paused(self) -> bool:
-        """Say whether nothing new is to be started."""
-        return os.path.lexists(self._paused)
-
-    def take(self, name: str, *, pulled: bool = False) -> Task | None:
-        """Claim a waiting task; `None` if somebody else has it (losing that race is normal), or all is paused.
-
-        :param pulled: it is in hand only as long as somebody refers to what is returned.
-        :raises Unreadable: it was no task; it goes to ``failed/``.
-        :raises OSError: it could not be read now, and it waits again.
-        """
-        with self._mutex:
-            if self._closed or name in self._held or name in self._leaving or self.is_paused():
-                return None
-            self._leaving[name] = ("", _nothing)
-            try:
-                if not self._claim(name):
-                    del self._leaving[name]
-                    return None
-                # Asked again once the task is ours: whoever has paused sees in our claims all that is not given back.
-                if self.is_paused():
-                    self._leave(name, "")
-                    return None
-                task = Task.read(self.queue.file(name, self._state), name)
-            except Unreadable as error:
-                self.queue.note(name, "failed", str(error))
-                self._leave(name, "failed")
-                raise
-            except OSError:
-                self._leave(name, "")
-                raise
-            self._held[name] = (id(task), weakref.ref(task) if pulled else lambda: task)
-            del self._leaving[name]
-            return task
-
-    def _claim(self, name: str) -> bool:
-        try:
-            os.rename(self.queue.file(name), self.queue.file(name, self._state))
-            return True
-        except FileNotFoundError:
-            # Hardly ever is it the claim directory that is gone.
-            return not self._directory.is_dir() and self.queue.move(name, "", self._state)
-
-    def settle(self, task: Task, before: Callable[[], None], state: str, reason: str = "") -> bool:
-        """Let go of a task, as whoever works on it says.
-
-        :param before: puts its outcome on its way; called first, and does not wait. If it is interrupted, it is called
-            again, since one outcome too many does no harm.
-        :param state: where it goes: 'completed', or '' to wait again.
-        :param reason: what its subscriber raised; kept beside it.
-        :return: whether it was still held; if not, nothing was done.
-        """
-        with self._mutex:
-            # Not the reference, which the garbage collector clears before it ends the context of a pull.
-            if self._held.get(task.name, (None,))[0] != id(task):
-                return False
-
-            def finish() -> None:
-                before()
-                if reason:
-                    self.queue.note(task.name, state, reason)
-
-            self._leaving[task.name] = (state, finish)
-            del self._held[task.name]
-            self._leave(task.name, state, finish)
-            return True
-
-    def _leave(self, name: str, state: str, before: Callable[[], None] = _nothing) -> None:
-        self._leaving[name] = (state, before)
-        before()
-        self._leaving[name] = (state, _nothing)
-        with contextlib.suppress(OSError):
-            self.queue.move(name, self._state, state)
-            del self._leaving[name]
-
-    @contextlib.contextmanager
-    def _unless_held_up(self) -> Iterator[bool]:
-        """Hold the mutex, for a thread that a signal handler may wait for; give whether we do."""
-        held = self._mutex.acquire(timeout=_HELD_UP_SECONDS)
-        try:
-            yield held
-        finally:
-            if held:
-                self._mutex.release()
-
-    def look(self) -> None:
-        """Finish what could not be finished before, and give back what was lost."""
-        with self._unless_held_up() as held:
-            for name, (state, before) in list(self._leaving.items()) if held else ():
-                try:
-                    self._leave(name, state, before)
-                except Exception as error:
-                    _LOGGER.error("Task %s cannot be finished now: %s: %s", name, type(error).__name__, error)
-            for name in [name for name, (_, task) in self._held.items() if task() is None] if held else ():
-                self._leaving[name] = ("", _nothing)
-                del self._held[name]
-                self._leave(name, "")
-
-    def give_back_strays(self) -> None:
-        """Let wait again what lies among our claims and nobody has: an earlier life under this id may have brought it.
-
-        For whoever knows that the id is still ours.
-
-        :raises OSError: the claims cannot be listed.
-        """
-        with self._unless_held_up() as held:
-            for name in list(self.queue.names(self._state)) if held else ():
-                if name not in self._held and name not in self._leaving:
-                    self._leave(name, "")
-
-    def disown(self) -> None:
-        """Hold nothing, in a forked child: all of it is the parent's."""
-        self._mutex = threading.RLock()  # Another thread of the parent may have had it.
-        self._closed = True
-        self._held.clear()
-        self._leaving.clear()
-
-    def close(self) -> list[str]:
-        """Give back what is held.
-
-        :return: the names that wait again.
-        """
-        with self._mutex:
-            self._closed = True
-            self.look()
-            names = sorted(self._held)
-            for name in names:
-                self._leaving[name] = ("", _nothing)
-                del self._held[name]
-                self._leave(name, "")
-            return [name for name in names if name not in self._leaving]
 
 
 def split(name: str) -> tuple[str, int]:

@@ -38,6 +38,7 @@ MODULES = (
     "readers.py",
     "lane.py",
     "taskqueue.py",
+    "claims.py",
     "burial.py",
     "strangers.py",
     "discovery.py",

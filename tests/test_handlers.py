@@ -155,6 +155,17 @@ with communicator(fsync=False) as worker, communicator(fsync=False) as sender:
 """
 
 
+def test_a_lane_is_not_held_up_by_a_handler_that_waits_in_a_report(served: Broker) -> None:
+    worker, sender = served.communicator("worker"), served.communicator()
+    worker.add_task_subscriber(lambda _, body: body)
+    reports = worker._engine._reports
+    with reports._mutex:  # As whoever is interrupted in the middle of it has it.
+        reports._sending = True
+        for number in range(40):
+            assert sender.task_send(number).result(TIMEOUT) == number
+        reports._sending = False
+
+
 def test_future_that_an_interruption_has_left_locked_keeps_nobody_from_the_others(served: Broker) -> None:
     worker, sender, held = served.communicator("worker"), served.communicator(), kiwipy.Future()
     worker.add_task_subscriber(lambda _, body: held if body == "held" else body)

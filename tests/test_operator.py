@@ -274,7 +274,7 @@ def test_show_says_all_about_a_task(served: Broker) -> None:
     sender.task_send(body)
     said = served.run("show", served.tasks()[0]["id"])
     assert "State:    waiting" in said and sender._engine.reply in said and "which lives" in said
-    assert "\x1b" not in said and "more, with --full" in said and '"many"' in said
+    assert "\x1b" not in said and "all of it with --full" in said and '"many"' in said
     task_id = served.tasks()[0]["id"]
     assert "199\n" in served.run("show", task_id[:15], "--full")
     holder.add_task_subscriber(lambda *_: kiwipy.Future())
@@ -311,17 +311,125 @@ def test_a_task_that_is_removed_is_told_to_its_sender(served: Broker) -> None:
     assert "no task is called" in served.run("remove", row["id"], status=1)
 
 
-def test_a_task_whose_removal_is_interrupted_is_not_lost(served: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
+REMOVES = """
+import control_tasks, signal, burial
+real = burial.tell_sender
+def slowly(*arguments):
+    print("telling"); sys.stdin.readline()
+    real(*arguments)
+burial.tell_sender = slowly
+print("ready")
+for done in control_tasks.remove(config_path, arguments):
+    print(done)
+"""
 
-    future = served.communicator().task_send("kept")
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_a_removal_that_is_ended_in_the_middle_loses_nothing(served: Broker, by: signal.Signals) -> None:
+    future = served.communicator().task_send("sent")
     (row,) = served.tasks()
-    with monkeypatch.context() as trouble, pytest.raises(KeyboardInterrupt):
-        trouble.setattr(control_tasks.burial, "tell_sender", interrupted)
-        control_tasks.remove(served.config_path, row["id"])
-    served.communicator("worker").add_task_subscriber(lambda _, body: body)
-    assert future.result(TIMEOUT) == "kept"
+    child = served.child(REMOVES, row["id"])
+    assert child.line() == "telling"
+    child.process.send_signal(by)
+    child.process.wait(TIMEOUT)
+    (left,) = served.tasks()
+    assert left["state"] == "failed" and "being removed" in left["outcome"]
+    if by == signal.SIGINT:
+        served.run("requeue", row["id"])
+        served.communicator("worker").add_task_subscriber(lambda _, body: body)
+        assert future.result(TIMEOUT) == "sent"
+    else:
+        served.run("remove", row["id"])
+        with pytest.raises(kiwipy.RemoteException, match="was removed"):
+            future.result(TIMEOUT)
+
+
+def test_a_task_whose_sender_is_gone_with_the_pipes_can_be_removed(broker: Broker) -> None:
+    sender = broker.communicator()
+    sender.task_send("sent")
+    (row,) = broker.tasks()
+    sender.close()
+    shutil.rmtree(broker.pipes)
+    assert f"Removed {row['id']}." in broker.run("remove", row["id"])
+    assert broker.tasks() == [] and not broker.pipes.exists()
+
+
+def test_all_ids_are_resolved_before_anything_is_done(broker: Broker) -> None:
+    sender = broker.communicator()
+    for number in range(2):
+        sender.task_send(number, no_reply=True)
+    first, second = (row["id"] for row in broker.tasks())
+    said = obey(broker, "remove", first, first[:10])
+    assert (said.returncode, said.stdout) == (1, f"Removed {first}.\n") and "2 tasks have ids" in said.stderr
+    # One that is named twice is one.
+    assert broker.run("remove", second, second[-6:]) == f"Removed {second}.\n"
+
+
+def refuse(path: Path) -> None:
+    """Leave in its place what cannot be listed, not even by root (ENAMETOOLONG)."""
+    path.rmdir()
+    path.symlink_to("x" * 300)
+
+
+def test_what_cannot_be_read_hides_nothing_else(broker: Broker) -> None:
+    sender = broker.communicator()
+    for name in ("bad", "good"):
+        sender.task_queue(name).task_send(name, no_reply=True)
+    refuse(broker.queue / "queues" / "bad" / "failed")
+    said = broker.run("status", status=3)
+    assert "Not all can be seen" in said and "good: 1 waiting" in said
+    said = broker.run("tasks", status=1)
+    assert "good" in said and "File name too long" in said
+    (row,) = (row for row in control_tasks.tasks(broker.config_path) if row["queue"] == "good")
+    assert "Task:" in broker.run("show", row["id"])
+    assert "1 waiting task removed" in broker.run("purge", "--state", "waiting", status=1)
+
+
+def test_drain_does_not_take_what_it_cannot_see_for_nothing(broker: Broker) -> None:
+    broker.communicator().close()
+    (broker.queue / "claimed" / "worker").symlink_to("x" * 300)
+    assert "File name too long" in broker.run("drain", "--timeout", "0", status=1)
+    (broker.queue / "claimed" / "worker").unlink()
+
+
+def test_drain_notices_that_somebody_has_resumed(served: Broker) -> None:
+    served.communicator("holder").add_task_subscriber(lambda *_: kiwipy.Future())
+    served.communicator().task_send("held", no_reply=True)
+    eventually(lambda: served.tasks("claimed"))
+    command = [*COORDINATOR, f"--profile={served.profile}", f"--config-path={served.config_path}", "drain"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        eventually(lambda: served.status()["paused"])
+        served.run("resume")
+        assert process.wait(TIMEOUT) == 1
+        assert process.stderr is not None and "somebody has resumed" in process.stderr.read()
+
+
+def test_a_queue_that_its_user_has_called_default_is_another_one(served: Broker) -> None:
+    sender = served.communicator()
+    sender.task_send("default one", no_reply=True)
+    sender.task_queue("default").task_send("other one", no_reply=True)
+    served.run("send", "3", "--queue", control.OTHER_DEFAULT)
+    assert [row["queue"] for row in served.tasks()] == ["default", control.OTHER_DEFAULT, control.OTHER_DEFAULT]
+    assert "2 waiting tasks removed" in served.run("purge", "--state", "waiting", "--queue", control.OTHER_DEFAULT)
+    assert [row["queue"] for row in served.tasks()] == ["default"]
+    assert "there is no queue typo; there are default, queues/default" in served.run(
+        "tasks", "--queue", "typo", status=1
+    )
+
+
+@pytest.mark.parametrize("what", ["directory", "fifo", "no body"])
+def test_show_and_the_workers_agree_on_what_is_a_task(broker: Broker, what: str) -> None:
+    broker.communicator().close()
+    path = broker.queue / "failed" / "task_1.json"
+    {"directory": path.mkdir, "fifo": lambda: os.mkfifo(path), "no body": lambda: path.write_text("{}")}[what]()
+    assert "It cannot be read" in broker.run("show", "1")
+
+
+def test_nobody_adds_a_line_of_his_own(served: Broker) -> None:
+    served.communicator().task_queue("q\nCoordinator: not running\x1b[2J").task_send("x" * 5000, no_reply=True)
+    assert not re.search("^Coordinator: not", served.run("status"), re.MULTILINE)
+    said = served.run("show", served.tasks()[0]["id"])
+    assert "\x1b" not in said and "cut here" in said and not re.search("^Coordinator", said, re.MULTILINE)
 
 
 def test_the_sender_of_a_task_that_cannot_be_read_is_told_that_it_was_removed(served: Broker) -> None:
@@ -395,9 +503,9 @@ def test_a_task_that_is_given_back_while_all_are_listed_is_listed(
     Path(queue.file("1", "claimed/worker")).write_text("{}")
     claimed = taskqueue.TaskQueue.claimed
 
-    def moved(self: taskqueue.TaskQueue) -> Iterator[tuple[str, str]]:
+    def moved(self: taskqueue.TaskQueue, *arguments: Any) -> Iterator[tuple[str, str]]:
         queue.move("1", "claimed/worker", "", "1.1")
-        return claimed(self)
+        return claimed(self, *arguments)
 
     monkeypatch.setattr(taskqueue.TaskQueue, "claimed", moved)
     assert [row["state"] for row in control_tasks.tasks(broker.config_path)] == ["waiting"]

@@ -6,6 +6,7 @@ import concurrent.futures
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import kiwipy
 import pytest
@@ -182,6 +183,68 @@ def test_a_task_is_in_hand_whatever_was_removed(served: Broker, removed: str) ->
         (served.queue / "claimed" / "holder" / "lock").unlink()
     assert [each["worker_id"] for each in control.drain(served.config_path, 0.0)] == ["holder"]
     control.resume(served.config_path)
+
+
+def test_what_is_about_to_leave_is_in_hand_for_both_who_drain(served: Broker) -> None:
+    worker = served.communicator("worker")
+    worker.add_task_subscriber(lambda _, body: body)
+    completed = served.queue / "completed"
+    assert served.communicator().task_send("first").result(TIMEOUT) == "first"
+    eventually(lambda: list(completed.iterdir()))
+    completed.rename(served.queue / "elsewhere")
+    completed.write_text("in the way")
+    assert served.communicator().task_send("stuck").result(TIMEOUT) == "stuck"
+    assert not worker.drain(0.1)
+    assert control.drain(served.config_path, 0.0)
+    completed.unlink()
+    (served.queue / "elsewhere").rename(completed)
+    assert worker.drain(SECONDS + 5)
+    control.resume(served.config_path)
+
+
+def test_a_pull_that_meets_a_pause_keeps_its_place(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = broker.communicator("worker")
+    queue = worker.task_queue("pulled")
+    for number in range(3):
+        queue.task_send(number, no_reply=True)
+    bodies = []
+    with queue.next_task() as task:
+        bodies.append(task.body)
+        task.process().set_result(None)
+    (side,) = (side for side in worker._engine.holdings.sides.values() if side.key)
+    take = type(side.claims).take
+
+    def paused(*arguments: Any, **options: Any) -> Any:
+        control.pause(broker.config_path)
+        return take(*arguments, **options)
+
+    with monkeypatch.context() as meanwhile, pytest.raises(kiwipy.QueueEmpty):
+        meanwhile.setattr(type(side.claims), "take", paused)
+        with queue.next_task():
+            pass
+    control.resume(broker.config_path)
+    for _ in range(2):
+        with queue.next_task() as task:
+            bodies.append(task.body)
+            task.process().set_result(None)
+    assert bodies == [0, 1, 2]
+
+
+def test_a_worker_that_is_killed_while_it_closes_is_buried_at_once(served: Broker) -> None:
+    # Its entry goes first; then what it holds, which it is killed before it has given back.
+    script = """
+worker = communicator("closing")
+worker.add_task_subscriber(lambda *_: kiwipy.Future())
+worker._engine.holdings.close = lambda: os.kill(os.getpid(), 9)
+print("ready"); sys.stdin.read(); worker.close()
+"""
+    child = served.child(script)
+    served.communicator().task_send("held", no_reply=True)
+    eventually(lambda: control.status(served.config_path)["tasks"]["claimed"] == 1)
+    child.process.stdin.close()
+    child.process.wait(TIMEOUT)
+    eventually(lambda: control.status(served.config_path)["tasks"]["waiting"] == 1, 5.0)
+    discovery.cleanup_dead_processes(served.config_path)
 
 
 @pytest.mark.parametrize("timeout", [-1.0, -0.25, float("inf"), 1e10])

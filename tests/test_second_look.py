@@ -22,6 +22,7 @@ import burial
 import directories
 import presence
 import taskqueue
+from claims import Claims
 from harness import COORDINATOR, ECHO, TIMEOUT, Broker, eventually, is_gone, write_frame
 
 LOOK = 14.0
@@ -810,7 +811,7 @@ def test_task_that_could_not_be_moved_when_it_was_done_is_moved_later(tmp_path: 
     queue.make()
     name = taskqueue.new_id()
     queue.put(name, '{"body": 1}', lambda: None)
-    claims = taskqueue.Claims(queue, "worker", tmp_path / "paused")
+    claims = Claims(queue, "worker", tmp_path / "paused")
     task = claims.take(name)
     assert task is not None
     (tmp_path / "completed").rmdir()
@@ -830,7 +831,7 @@ def test_task_whose_settling_was_interrupted_is_not_forgotten(
     queue.make()
     name = taskqueue.new_id()
     queue.put(name, '{"body": 1}', lambda: None)
-    claims = taskqueue.Claims(queue, "worker", tmp_path / "paused")
+    claims = Claims(queue, "worker", tmp_path / "paused")
 
     times = []
 

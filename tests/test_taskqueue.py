@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import taskqueue
+from claims import Claims
 
 
 def put(queue: taskqueue.TaskQueue) -> str:
@@ -17,7 +18,7 @@ def put(queue: taskqueue.TaskQueue) -> str:
 
 def complete(queue: taskqueue.TaskQueue, number: int) -> list[str]:
     names = [put(queue) for _ in range(number)]
-    claims = taskqueue.Claims(queue, "worker", queue.directory / "paused")
+    claims = Claims(queue, "worker", queue.directory / "paused")
     for name in names:
         task = claims.take(name)
         assert task is not None and claims.settle(task, lambda: None, "completed", f"reason {name}")
@@ -46,7 +47,7 @@ def test_completed_tasks_are_kept_for_a_time(tmp_path: Path, monkeypatch: pytest
 def test_tasks_of_others_do_not_end_by_our_hand(tmp_path: Path) -> None:
     queue = taskqueue.TaskQueue(tmp_path, fsync=False)
     name = put(queue)
-    first, second = (taskqueue.Claims(queue, worker_id, tmp_path / "paused") for worker_id in ("first", "second"))
+    first, second = (Claims(queue, worker_id, tmp_path / "paused") for worker_id in ("first", "second"))
     task = first.take(name)
     assert task is not None and second.take(name) is None
     assert first.settle(task, lambda: None, "")
@@ -59,7 +60,7 @@ def test_tasks_of_others_do_not_end_by_our_hand(tmp_path: Path) -> None:
 def test_task_that_cannot_be_moved_is_not_forgotten(tmp_path: Path) -> None:
     queue = taskqueue.TaskQueue(tmp_path, fsync=False)
     name = put(queue)
-    claims = taskqueue.Claims(queue, "worker", tmp_path / "paused")
+    claims = Claims(queue, "worker", tmp_path / "paused")
     task = claims.take(name)
     (tmp_path / "completed").write_text("in the way")
     assert task is not None and claims.settle(task, lambda: None, "completed")
@@ -73,7 +74,7 @@ def test_nothing_is_claimed_while_all_is_paused(tmp_path: Path) -> None:
     queue = taskqueue.TaskQueue(tmp_path, fsync=False)
     name = put(queue)
     paused = tmp_path / "paused"
-    claims = taskqueue.Claims(queue, "worker", paused)
+    claims = Claims(queue, "worker", paused)
     paused.touch()
     assert claims.take(name) is None and not len(claims)
     assert list(queue.names()) == [name] and not list(queue.claimed())

@@ -58,5 +58,6 @@ def run_coordinator_command(ctx: click.Context, command: str, *arguments: str) -
     if command in ('start', 'restart') and profile.process_control_backend not in ('core.namedpipe', 'namedpipe'):
         echo.echo_warning(f'Profile `{profile.name}` uses another broker: `verdi coordinator configure` changes that.')
     config_path = pathlib.Path(ctx.obj.config.dirpath, 'profiles', profile.name)
-    given = [f'--profile={profile.name}', f'--config-path={config_path}', command, *arguments]
+    # Last, so that they hold: another profile is for `verdi --profile` to name.
+    given = [command, *arguments, f'--profile={profile.name}', f'--config-path={config_path}']
     sys.exit(coordinator.main(given, 'verdi coordinator'))
