@@ -194,7 +194,7 @@ def test_idle_worker_gets_what_a_stopped_one_was_rung_for(served: Broker) -> Non
     idle.add_task_subscriber(lambda *_: "idle")
     child.stop()
     assert [idle.task_send(number).result(TIMEOUT) for number in range(6)] == ["idle"] * 6
-    os.kill(child.pid, signal.SIGCONT)
+    child.go_on()
 
 
 def test_stopped_worker_is_rung_for_little(served: Broker) -> None:
@@ -213,7 +213,7 @@ def test_stopped_worker_is_rung_for_little(served: Broker) -> None:
         os.close(descriptor)
     # The 64 that a worker may have unclaimed, and not as many in each round: every round would wait for that.
     assert 0 < unread < 2 * 64 * 100
-    os.kill(child.pid, signal.SIGCONT)
+    child.go_on()
 
 
 def test_tasks_of_a_killed_worker_are_done_by_another(served: Broker) -> None:
@@ -442,7 +442,7 @@ def test_close_flushes(served: Broker) -> None:
             communicator.broadcast_send([number, "x" * 400])
     for _ in range(3000):
         assert done.acquire(timeout=TIMEOUT)
-    os.kill(child.pid, signal.SIGCONT)
+    child.go_on()
 
 
 def test_garbage_collection_closes(served: Broker) -> None:

@@ -171,7 +171,8 @@ class Child:
 
     def go_on(self) -> None:
         """Let it go on after `stop`."""
-        os.kill(self.pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGCONT)
 
     def end(self, seconds: float = TIMEOUT) -> int:
         """End its standard input, and return its exit status."""
@@ -260,8 +261,7 @@ class Broker:
         return (self.queue / "coordinator.log").read_text()
 
     def _end(self, process: Child) -> None:
-        with contextlib.suppress(OSError):
-            os.kill(process.pid, signal.SIGCONT)
+        process.go_on()
         try:
             process.end()
         except subprocess.TimeoutExpired:

@@ -186,7 +186,7 @@ def test_sender_that_was_stopped_gets_the_outcomes_of_a_worker_that_died(served:
     worker = served.child(ECHO, "worker")
     eventually(lambda: state(served) == "200 completed")
     worker.kill()
-    os.kill(sender.pid, signal.SIGCONT)
+    sender.go_on()
     sender.tell("go on")
     assert sender.line() == "200"
     assert sender.end() == 0

@@ -307,7 +307,7 @@ print("ready"); sys.stdin.read(); worker.close()
     eventually(lambda: _worker(served, "stopped")["broadcasts_dropped"] >= 40_000 - 10_000 - 65_536 // size - 1)
     dropped = _worker(served, "stopped")["broadcasts_dropped"]
     assert "Worker stopped does not read" in served.log()
-    os.kill(child.pid, signal.SIGCONT)
+    child.go_on()
     eventually(lambda: communicator.rpc_send("heard", None).result(TIMEOUT) == 40_000 - dropped)
     assert _worker(served, "stopped")["in_hand"] == 1
     assert not held.done()

@@ -34,9 +34,12 @@ def pause(pid: int) -> None:
     eventually(lambda: subprocess.run(state, capture_output=True, text=True, check=False).stdout.startswith("T"), SOON)
 
 
-def go_on(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGCONT)
+def ends_with(child: Child, line: str) -> None:
+    """Let a process that was stopped go on, and look with what it ends."""
+    child.go_on()
+    child.tell("go on")
+    assert child.line() == line
+    assert child.end() == 0
 
 
 @contextlib.contextmanager
@@ -85,10 +88,7 @@ print("ready"); sys.stdin.read(); worker.close()
     with disposable(served, sender):
         killed.kill()
         assert closed.end() == 0
-        go_on(sender.pid)
-        sender.tell("go on")
-        assert sender.line() == "150 150"
-        assert sender.end() == 0
+        ends_with(sender, "150 150")
 
 
 def test_sender_whose_pipe_was_full_hears_that_its_task_was_given_up_on(broker: Broker) -> None:
@@ -121,10 +121,7 @@ sys.stdin.read(); sender.close()
         os.close(descriptor)
         worker.kill()
         eventually(lambda: list(broker.queue.glob("failed/task_*.json")))
-        go_on(sender.pid)
-        sender.tell("go on")
-        assert sender.line() == "RemoteException"
-        assert sender.end() == 0
+        ends_with(sender, "RemoteException")
 
 
 class Unspeakable(Exception):
@@ -403,10 +400,7 @@ sys.stdin.read(); caller.close()
         caller.stop()  # So that it reads both answers at once.
         futures[0].cancel()
         futures[1].set_result("second")
-        go_on(caller.pid)
-        caller.tell("go on")
-        assert caller.line() == "second"
-        assert caller.end() == 0
+        ends_with(caller, "second")
 
 
 def test_large_call_to_the_next_life_of_a_worker_id_is_left_alone_by_the_last(served: Broker) -> None:
@@ -463,7 +457,7 @@ print("ready"); sys.stdin.read(); worker.close()
         if paused and ready:
             last.tell("go on")
             assert last.line() == "closed"
-        go_on(following.pid)
+        following.go_on()
         assert answer.result(SOON) == LARGE
         assert following.end() == 0
 
@@ -627,7 +621,7 @@ def test_sender_says_what_its_outbox_dropped(broker: Broker) -> None:
                 said += "\n" + sender.line(LOOK - 3)
             assert "drop" in said
     finally:
-        go_on(pid)
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_closing_says_what_could_not_be_sent(broker: Broker) -> None:
@@ -643,7 +637,7 @@ def test_closing_says_what_could_not_be_sent(broker: Broker) -> None:
             while said[-1] != "closed":
                 said.append(sender.line())
     finally:
-        go_on(pid)
+        os.kill(pid, signal.SIGCONT)
     # Or it found a way to keep them.
     assert any("drop" in line for line in said) or within(lambda: len(got) == 20_000, SOON), f"{said}, {len(got)}"
 

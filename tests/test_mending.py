@@ -119,7 +119,7 @@ print(len(heard), len(set(heard))); sys.stdin.read(); worker.close()
             lambda: sender._engine.poller.catch_up() and not any(w.waiting for w in sender._engine.poller.writers)
         )
         (broker.pipes / "broadcast_listener").unlink()
-        os.kill(listener.pid, signal.SIGCONT)
+        listener.go_on()
         listener.tell("go on")
         assert listener.line() == "3000 3000"
 

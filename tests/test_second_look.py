@@ -798,7 +798,7 @@ def test_answer_that_was_sent_before_its_sender_died_comes(served: Broker) -> No
     # It is served after the other call, on the same thread.
     assert served.communicator().rpc_send("ping", 1).result(TIMEOUT) == 1
     server.kill()
-    os.kill(caller.pid, signal.SIGCONT)
+    caller.go_on()
     caller.tell("go on")
     assert caller.line() == "body"
     assert caller.end() == 0

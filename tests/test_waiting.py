@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import threading
 from typing import Any
 
@@ -68,7 +66,7 @@ def test_task_rung_at_a_stopped_worker_does_not_wait_behind_newer_ones(served: B
         assert future.result(SOON) is None
     # Each of the oldest has been taken over while there was still much to do.
     assert all(order.index(number) < 300 for number in range(40))
-    os.kill(stopped.pid, signal.SIGCONT)
+    stopped.go_on()
 
 
 def test_worker_that_reports_nothing_goes_on_being_rung(served: Broker) -> None:
