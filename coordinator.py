@@ -207,7 +207,7 @@ class PipeCoordinator:
             self._fan_out_kept()
         elif kind == "look":
             self._look_at_self()
-        elif kind == "stop" and message["pid"] in (os.getpid(), 0):
+        elif kind == "stop" and message.get("pid", 0) in (os.getpid(), 0):  # 0: whoever it is, as older ones say it.
             self.end("the command 'stop'")
         elif kind == "stop":
             pass  # It was for another one, which has been killed since.

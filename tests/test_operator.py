@@ -170,7 +170,7 @@ def test_each_command_on_a_full_disk(served: Broker, line: str) -> None:
         assert said.returncode in (0, 1, 3) and said.stderr.count("\n") <= 1, said
         if said.returncode == 1 and "No space" in said.stderr:
             assert re.fullmatch(rf"coordinator.py: {served.config_path}/\S+: No space left on device\n", said.stderr)
-        assert said.returncode != 1 or line not in ("start", "pause", "send 1") or "No space" in said.stderr
+        assert said.returncode == 0 or line != "start", "somebody has to work off what lies there"
         (served.queue / "fill").unlink()
         served.run("stop")
     served.queue.rmdir()
