@@ -38,7 +38,7 @@ root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another us
 OTHER_USER = 12345
 AS_OTHER_USER = f"""
 import contextlib, io, json, kiwipy, multiprocessing, resource, shutil, signal, threading, uuid
-import control, control_line, control_try, coordinator, directories, discovery, pipebroker
+import control, control_line, control_try, coordinator, directories, discovery, hashlib, pipebroker, service
 for name in ("encodings.idna", "gettext", "json.decoder", "locale", "unicodedata"):
     with contextlib.suppress(ImportError):
         __import__(name)  # Afterwards this process may not read the library.
