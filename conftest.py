@@ -23,6 +23,10 @@ for ignored in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
 
+# Users do not have it, and it hides what is lost in a buffer.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
+
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[Broker]:
     """A profile without a coordinator."""

@@ -73,15 +73,18 @@ def _complain(prog: str, error: Exception, status: int) -> int:
 
 def _options(arguments: list[str] | None, prog: str) -> argparse.Namespace:
     parser = _parser(prog)
+    blank = argparse.Namespace(profile=None, config_path=None, json=False, prog=prog)
+    printed = io.StringIO()  # What argparse does where its help cannot be printed depends on the Python.
     try:
-        blank = argparse.Namespace(profile=None, config_path=None, json=False, prog=prog)
-        options = parser.parse_args(arguments, blank)
-        if options.profile is None and options.command not in _WITHOUT_PROFILE:
-            parser.error("the profile is missing: name it by --profile")
-        return options
+        with contextlib.redirect_stdout(printed):
+            options = parser.parse_args(arguments, blank)
     except SystemExit:
-        _print("")  # It may have printed its help.
+        with contextlib.suppress(_SeenEnough):
+            _print(printed.getvalue().rstrip("\n"))
         raise
+    if options.profile is None and options.command not in _WITHOUT_PROFILE:
+        parser.error("the profile is missing: name it by --profile")
+    return options
 
 
 class _SeenEnough(Exception):

@@ -332,7 +332,7 @@ def serve(profile_name: str, config_path: Path, ready: int | None = None) -> Non
             # What waits there, if anything does, waits for word of whoever has started us.
             os.environ.pop("NOTIFY_SOCKET", None)
         _serve(profile_name, config_path, say, terminal=ready is None)
-    except (RuntimeError, OSError, ValueError) as error:
+    except Exception as error:
         say(files.told(error))
         raise
 

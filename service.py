@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or not __package__:
     import directories
@@ -90,14 +90,14 @@ class Log(logging.handlers.RotatingFileHandler):
         self.trouble = str(sys.exc_info()[1])
 
 
-class Terminal(logging.StreamHandler[TextIO]):
+class Terminal(logging.Handler):
     """What is logged, for whoever watches; a reader that does not read holds nobody up, and misses it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a line where it can be written now."""
         with contextlib.suppress(OSError, ValueError):  # It is closed.
-            if select.select([], [self.stream], [], 0.0)[1]:
-                super().emit(record)
+            if sys.stderr is not None and select.select([], [sys.stderr], [], 0.0)[1]:
+                print(self.format(record), file=sys.stderr)
 
 
 def log_to(file: Path, *, terminal: bool) -> Log:

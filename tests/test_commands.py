@@ -312,6 +312,16 @@ def test_start_says_that_a_signal_ended_the_coordinator(broker: Broker, tmp_path
     assert "status 0" not in said.stderr
 
 
+def test_start_says_what_kept_the_coordinator_from_its_log(broker: Broker, tmp_path: Path) -> None:
+    (tmp_path / "copied").mkdir()
+    for module in HERE.glob("*.py"):
+        shutil.copy(module, tmp_path / "copied")
+    (tmp_path / "copied" / "service.py").unlink()
+    command = [sys.executable, tmp_path / "copied" / "coordinator.py", *of(broker), "start"]
+    said = subprocess.run(command, check=False, capture_output=True, text=True, timeout=SECONDS)
+    assert said.returncode == 1 and "service" in said.stderr and "Traceback" not in said.stderr
+
+
 def test_a_coordinator_in_the_background_has_a_session_of_its_own(broker: Broker) -> None:
     assert os.getsid(broker.start()) != os.getsid(0)
 
@@ -473,14 +483,27 @@ def test_tasks_are_found_without_the_registry(broker: Broker) -> None:
     assert lines == ["done", "waits"]
 
 
-@pytest.mark.parametrize(("command", "count"), [("tasks", 1), ("tasks", 2000), ("tasks --json", 1), ("status", 1)])
-def test_a_reader_may_leave_early(broker: Broker, command: str, count: int) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("command", "count"),
+    [
+        ("tasks", 1),
+        ("tasks", 2000),
+        ("tasks --json", 1),
+        ("status", 1),
+        ("--help", 0),
+        ("tasks --help", 0),
+        ("--version", 0),
+    ],
+)
+def test_a_reader_may_leave_early(broker: Broker, command: str, count: int, unbuffered: str) -> None:
+    broker.communicator()
     with broker.communicator(fsync=False) as sender:
         for number in range(count):
             sender.task_send(number, no_reply=True)
     # Where nothing is buffered, nothing is left for the end either.
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    to_nobody = {"capture_output": False, "stderr": subprocess.PIPE, "env": buffered}
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    to_nobody = {"capture_output": False, "stderr": subprocess.PIPE, "env": environment}
     read_end, write_end = os.pipe()
     os.close(read_end)
     try:

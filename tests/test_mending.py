@@ -453,10 +453,19 @@ def test_requeue_says_what_it_did_and_overwrites_nothing(broker: Broker) -> None
     assert json.loads((broker.queue / "task_1.json").read_text()) == {"body": ""}
 
 
-@pytest.mark.parametrize("command", ["status", "--help"])
-def test_answer_that_cannot_be_printed_is_said(broker: Broker, command: str) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", ["status", "--help", "--version"])
+def test_answer_that_cannot_be_printed_is_said(broker: Broker, command: str, unbuffered: str) -> None:
     broker.communicator()
     with open("/dev/full", "w") as full:
         command = [*COORDINATOR, "--profile", broker.profile, "--config-path", broker.config_path, command]
-        said = subprocess.run(command, check=False, stdout=full, stderr=subprocess.PIPE, text=True, timeout=TIMEOUT)
+        said = subprocess.run(
+            command,
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=TIMEOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
     assert said.returncode == 1 and "cannot be printed" in said.stderr and "Traceback" not in said.stderr
