@@ -41,11 +41,12 @@ if TYPE_CHECKING or not __package__:
     import frames
     import presence
     import strangers
+    import taskqueue
     from peers import Peers, Queues
     from poller import Poller
     from readers import Pipes
 else:
-    from . import bodies, burial, directories, fifo, files, frames, presence, strangers
+    from . import bodies, burial, directories, fifo, files, frames, presence, strangers, taskqueue
     from .peers import Peers, Queues
     from .poller import Poller
     from .readers import Pipes
@@ -130,6 +131,8 @@ class PipeCoordinator:
         if self._stopping:
             raise presence.CoordinatorError("it was told to stop before it served")
         self._open_intakes()
+        with _said("The queue cannot be made"):
+            taskqueue.TaskQueue(self.layout.queue).make()
         with _said("Not all who came are met, or not all who are dead buried"):
             for _ in self._peers.look():
                 pass

@@ -1,0 +1,939 @@
+"""PROTOCOL.md, sentence by sentence: a stranger who has read nothing else talks to the real broker.
+
+`Stranger` knows no module of ours. Each test names the sentences that it checks, and each sentence has such a test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import select
+import stat
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kiwipy
+import pytest
+
+import directories
+from harness import ECHO, HERE, HOLDER, RECORDER, TIMEOUT, WORKER, Broker, eventually, recorded
+
+PROTOCOL = (HERE / "PROTOCOL.md").read_text()
+checks = pytest.mark.protocol
+
+
+def new_hex() -> str:
+    return uuid.uuid4().hex
+
+
+class Stranger:
+    """A process that knows the protocol by its text alone."""
+
+    def __init__(self, config: Path) -> None:
+        self.pipes = Path(os.readlink(config / "pipes" / "directory"))
+        self.registry, self.queue = config / "pipes", config / "coordinator"
+        self.reply = f"reply_{os.getpid()}_{new_hex()}"
+        self.worker_id = f"stranger-{new_hex()[:12]}"
+        self._stack = contextlib.ExitStack()
+        self._fifos: dict[str, int] = {}
+        self._rest: dict[str, bytes] = {}
+
+    def close(self) -> None:
+        """End without a word, as if killed."""
+        self._stack.close()
+
+    def go(self) -> None:
+        """End in an orderly way, with nothing in hand."""
+        entry = self.registry / f"worker_{self.worker_id}.json"
+        for path in (entry, *(self.pipes / name for name in self._fifos), self.ours / "lock"):
+            path.unlink(missing_ok=True)
+        if self.ours.exists():
+            self.ours.rmdir()
+        self.close()
+
+    def _open(self, path: Path | str, flags: int, mode: int = 0o600) -> int:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW, mode)
+        self._stack.callback(os.close, descriptor)
+        return descriptor
+
+    # Files
+
+    def put(self, path: Path, text: str | bytes, draft: str = "") -> None:
+        """Write a file as a draft, and give it its name."""
+        hidden = path.with_name(draft or f".{path.name}.{new_hex()}")
+        descriptor = os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        os.write(descriptor, text.encode() if isinstance(text, str) else text)
+        os.rename(hidden, path)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+    def task(self, **fields: Any) -> str:
+        """Send a task, and tell nobody; return its id."""
+        task_id = f"{time.time_ns():020d}-{new_hex()[:8]}"
+        self.put(self.queue / f"task_{task_id}.json", json.dumps(fields), f".{task_id}")
+        descriptor = os.open(self.queue, os.O_RDONLY | os.O_DIRECTORY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        return task_id
+
+    # Pipes
+
+    def read_from(self, name: str) -> None:
+        """Make a FIFO of ours."""
+        draft = self.pipes / f".{name}.{new_hex()}"
+        os.mkfifo(draft, 0o600)
+        self._fifos[name] = self._open(draft, os.O_RDONLY | os.O_NONBLOCK)
+        self._open(draft, os.O_WRONLY | os.O_NONBLOCK)
+        os.rename(draft, self.pipes / name)
+
+    def next(self, name: str, seconds: float = TIMEOUT) -> dict[str, Any] | None:
+        """Return the next message that comes by a FIFO of ours; `None` if none does in time."""
+        rest = self._rest.get(name, b"")
+        while len(rest) < 4 or len(rest) < 4 + int.from_bytes(rest[:4], "big"):
+            if not select.select([self._fifos[name]], [], [], seconds)[0]:
+                return None
+            rest += os.read(self._fifos[name], 1 << 16)
+        end = 4 + int.from_bytes(rest[:4], "big")
+        text, self._rest[name] = rest[4:end], rest[end:]
+        message = json.loads(text)
+        if "body_file" in message:
+            body = self.pipes / message["body_file"]
+            message = json.loads(body.read_text())
+            body.unlink()
+        return dict(message)
+
+    def tell(self, name: str, *messages: object) -> None:
+        """Write messages into somebody's FIFO, with one write."""
+        data = b""
+        for message in messages:
+            text = message if isinstance(message, bytes) else json.dumps(message).encode()
+            data += len(text).to_bytes(4, "big") + text
+        self.tell_raw(name, data)
+
+    def tell_raw(self, name: str, data: bytes) -> None:
+        descriptor = os.open(self.pipes / name, os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        try:
+            os.write(descriptor, data)
+        finally:
+            os.close(descriptor)
+
+    # A worker's life
+
+    def lock(self) -> None:
+        """Begin a life."""
+        home = self.queue / "claimed" / self.worker_id
+        home.mkdir(mode=0o700, exist_ok=True)
+        draft = home.with_name(f".{self.worker_id}.{new_hex()}")
+        fcntl.flock(self._open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            os.link(draft, home / "lock")
+        finally:
+            draft.unlink()
+
+    def come(self, *kinds: str, queues: dict[str, int] | None = None, **fields: Any) -> None:
+        """Come as a worker."""
+        self.lock()
+        for name in (self.reply, *(f"{kind}_{self.worker_id}" for kind in kinds)):
+            self.read_from(name)
+        entry = {"worker_id": self.worker_id, "pid": os.getpid(), "since": time.time(), "reply": self.reply}
+        text = json.dumps({**entry, **({"queues": queues} if queues is not None else {}), **fields})
+        self.put(self.registry / f"worker_{self.worker_id}.json", text)
+        self.tell("coordinator_tasks", {"type": "register", "worker": self.worker_id})
+
+    @property
+    def ours(self) -> Path:
+        """Where our claims are."""
+        return self.queue / "claimed" / self.worker_id
+
+    def claim(self, name: str) -> dict[str, Any] | None:
+        """Claim a task, and read it; `None` if somebody else has it."""
+        try:
+            os.rename(self.queue / f"task_{name}.json", self.ours / f"task_{name}.json")
+        except FileNotFoundError:
+            return None
+        return dict(json.loads((self.ours / f"task_{name}.json").read_text()))
+
+    def answer(self, task: dict[str, Any], **fields: Any) -> None:
+        """Bring an outcome on its way."""
+        self.tell(task["reply_to"], {**fields, "correlation_id": task["correlation_id"]})
+
+    def complete(self, name: str) -> None:
+        os.rename(self.ours / f"task_{name}.json", self.queue / "completed" / f"task_{name}.json")
+
+    def report(self, key: str = "", **lists: list[str]) -> None:
+        said = {"type": "report", "worker": self.worker_id, "reply": self.reply, "queue": key}
+        self.tell("coordinator_tasks", {**said, **lists})
+
+
+@pytest.fixture
+def stranger(served: Broker) -> Iterator[Stranger]:
+    made = Stranger(served.config_path)
+    yield made
+    made.go()
+
+
+@pytest.fixture
+def worker(stranger: Stranger) -> Stranger:
+    """One that works on the default queue."""
+    stranger.come("task", queues={"": 0})
+    return stranger
+
+
+def done(broker: Broker, name: str) -> bool:
+    return (broker.queue / "completed" / f"task_{name}.json").exists()
+
+
+# The text itself
+
+
+def test_every_sentence_is_checked_by_a_test_that_names_it() -> None:
+    sentences = re.findall(r"^- \*\*\[([A-Z]\d+)\]\*\* ", PROTOCOL, re.MULTILINE)
+    assert len(sentences) == len(set(sentences)) > 50
+    for letter in {sentence[0] for sentence in sentences}:
+        numbers = [int(sentence[1:]) for sentence in sentences if sentence[0] == letter]
+        assert numbers == list(range(1, len(numbers) + 1)), f"the sentences {letter} are out of order"
+    named = set()
+    for path in (HERE / "tests").glob("test_*.py"):
+        for marks in re.findall(r"^@(?:checks|pytest\.mark\.protocol)\((.*)\)$", path.read_text(), re.MULTILINE):
+            named.update(re.findall(r'"([A-Z]\d+)"', marks))
+    assert named == set(sentences)
+    assert set(re.findall(r"\[([A-Z]\d+)\]", PROTOCOL)) == set(sentences)
+
+
+# Directories
+
+
+@checks("D1")
+def test_pipes_are_found_by_a_symlink(served: Broker) -> None:
+    assert os.readlink(served.config_path / "pipes" / "directory") == str(served.pipes)
+
+
+@checks("D2", "D6")
+def test_everything_is_for_its_user_alone(served: Broker) -> None:
+    served.child(WORKER, "w1")
+    served.communicator().task_send("waits", no_reply=True)
+    assert stat.S_ISDIR(os.lstat(served.pipes).st_mode)
+    assert os.readlink(served.pipes / ".config") == os.path.realpath(served.config_path)
+    for root in (served.pipes, served.config_path / "pipes", served.queue):
+        assert os.lstat(root).st_uid == os.geteuid() and os.lstat(root).st_mode & 0o77 == 0
+        for path in root.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(path)
+                assert stat.S_ISLNK(status.st_mode) or status.st_mode & 0o77 == 0, path
+
+
+@checks("D3")
+def test_who_finds_the_name_taken_takes_the_one_with_the_digest(broker: Broker, tmp_path: Path) -> None:
+    broker.pipes.mkdir(mode=0o700)
+    os.symlink(tmp_path / "another", broker.pipes / ".config")
+    broker.communicator().close()
+    said = f"{os.getuid()}:{os.path.realpath(broker.config_path)}".encode()
+    own = Path(f"{broker.pipes}_{hashlib.sha256(said).hexdigest()[:16]}")
+    assert os.readlink(broker.config_path / "pipes" / "directory") == str(own)
+    assert os.readlink(own / ".config") == os.path.realpath(broker.config_path)
+    directories.remove_pipes(own)
+
+
+@checks("D4", "D5")
+def test_drafts_and_what_is_in_no_text_are_passed_over(served: Broker, stranger: Stranger) -> None:
+    for name in (f".{time.time_ns():020d}-0badcafe", "task_.json", "task_a b.json", "notes.txt"):
+        (served.queue / name).write_text('{"body": "no task"}')
+    os.mkfifo(served.config_path / "pipes" / "worker_fifo.json")
+    draft = served.pipes / f".task_x.{new_hex()}"
+    draft.touch()
+    served.child(ECHO, "w1")
+    task_id = stranger.task(body=1)
+    eventually(lambda: done(served, task_id))
+    assert len(served.tasks()) == 1
+    draft.unlink()
+    (served.config_path / "pipes" / "worker_fifo.json").unlink()
+
+
+@checks("D7")
+def test_another_format_is_refused(broker: Broker) -> None:
+    with broker.communicator():
+        said = json.loads((broker.queue / "format").read_text())
+    assert said == {"format": 1, "profile": broker.profile, "uuid": None}
+    (broker.queue / "format").write_text(json.dumps({**said, "format": 2}))
+    with pytest.raises(OSError, match="format 2"):
+        broker.communicator()
+
+
+# Frames
+
+
+@checks("F1")
+def test_frames_that_share_a_write_all_arrive(served: Broker, stranger: Stranger) -> None:
+    child = served.child(WORKER, "w1")
+    messages = [{"body": number} for number in range(100)]
+    assert sum(4 + len(json.dumps(message)) for message in messages) <= select.PIPE_BUF
+    stranger.tell("coordinator_broadcast", *messages)
+    assert [json.loads(child.line().replace("None", "null"))[0] for _ in range(100)] == list(range(100))
+
+
+@checks("F2", "F3")
+def test_garbage_is_skipped_and_the_next_frame_is_found(served: Broker, stranger: Stranger) -> None:
+    child = served.child(WORKER, "w1")
+    for garbage in (b"\1garbage without a zero", b"\0\0\0\5[1,2]", b"\0\0\0\4{\0\0}", b"\0\0\0\0\0\0", os.urandom(100)):
+        stranger.tell_raw("coordinator_broadcast", garbage)
+        stranger.tell("coordinator_broadcast", {"body": "one that may follow what looks like the begin of a frame"})
+        stranger.tell("coordinator_broadcast", {"body": "found\0"})
+        eventually(lambda: "found\\x00" in child.line())
+
+
+@checks("F4")
+def test_unknown_fields_are_passed_over_and_optional_ones_may_be_missing(served: Broker, stranger: Stranger) -> None:
+    child = served.child(WORKER, "w1")
+    stranger.tell("coordinator_broadcast", {"body": 1, "colour": "green"})
+    assert child.line() == "[1, None, None, None]"
+    task_id = stranger.task(body=2, colour="green")
+    stranger.tell("coordinator_tasks", {"type": "task", "queue": "", "name": task_id, "colour": "green"})
+    assert child.line() == "2"
+    stranger.come("task", queues={"": 0}, colour="green")
+    eventually(lambda: len(served.status()["workers"]) == 2)
+
+
+@checks("F5")
+def test_who_sent_what_cannot_be_parsed_is_told_if_that_stands_last(served: Broker, stranger: Stranger) -> None:
+    served.child(ECHO, "w1")
+    stranger.read_from(stranger.reply)
+    deep = "[" * 100_000
+    text = f'{{"to":"w1","body":{deep},"reply_to":"{stranger.reply}","correlation_id":"c1"}}'
+    body = f"body_rpc_w1.{new_hex()}"
+    stranger.put(served.pipes / body, text)
+    stranger.tell("rpc_w1", f'{{"body_file":"{body}"}}'.encode())
+    answer = stranger.next(stranger.reply)
+    assert answer is not None and answer["correlation_id"] == "c1" and "cannot be read" in answer["exception"]
+
+
+@checks("F6")
+def test_values_beyond_json_are_dressed(served: Broker, stranger: Stranger) -> None:
+    server = served.communicator("w1")
+    heard: list[Any] = []
+    server.add_rpc_subscriber(lambda _, body: heard.append(body) or heard[-1], "w1")
+    stranger.read_from(stranger.reply)
+    body = {"at": {"!": "date", "value": "2026-01-31"}, "some": {"!": "set", "value": [1]}}
+    call = {"to": "w1", "body": body, "dressed": True, "reply_to": stranger.reply, "correlation_id": "1"}
+    stranger.tell("rpc_w1", call)
+    answer = stranger.next(stranger.reply)
+    assert str(heard) == "[{'at': datetime.date(2026, 1, 31), 'some': {1}}]"
+    assert answer == {"result": body, "dressed": True, "correlation_id": "1"}
+    stranger.tell("rpc_w1", {**call, "dressed": False})
+    assert stranger.next(stranger.reply) == {"result": body, "correlation_id": "1"}
+    assert heard[1] == body
+
+
+# Pipes
+
+
+@checks("P1")
+def test_no_other_name_is_a_worker_id(served: Broker, stranger: Stranger) -> None:
+    for worker_id in ("", ".hidden", "a/b", "a b", "x" * 101, "ä"):
+        stranger.tell("coordinator_tasks", {"type": "register", "worker": worker_id})
+        with pytest.raises(ValueError, match="cannot be a worker id"):
+            served.communicator(worker_id)
+    stranger.worker_id = "A." + "x" * 98
+    stranger.come("task", queues={"": 0})
+    eventually(lambda: [worker["worker_id"] for worker in served.status()["workers"]] == [stranger.worker_id])
+
+
+@checks("P2")
+def test_a_new_reply_pipe_is_a_new_life(served: Broker, worker: Stranger) -> None:
+    first = worker.task(body=1)
+    worker.tell("coordinator_tasks", {"type": "task", "queue": "", "name": first})
+    assert worker.next(f"task_{worker.worker_id}") == {"type": "ring", "queue": "", "names": [first]}
+    (served.pipes / worker.reply).unlink()
+    worker.reply = f"reply_{os.getpid()}_{new_hex()}"
+    worker.read_from(worker.reply)
+    entry = served.config_path / "pipes" / f"worker_{worker.worker_id}.json"
+    worker.put(entry, json.dumps({**json.loads(entry.read_text()), "reply": worker.reply}))
+    worker.tell("coordinator_tasks", {"type": "register", "worker": worker.worker_id})
+    # What the old life was rung for, and has not claimed, the new one is rung for.
+    assert worker.next(f"task_{worker.worker_id}") == {"type": "ring", "queue": "", "names": [first]}
+    eventually(lambda: f"Worker {worker.worker_id}" in served.log())
+
+
+@checks("P3", "P4")
+def test_a_fifo_has_its_name_only_while_somebody_reads_it(served: Broker) -> None:
+    child = served.child(ECHO, "w1")
+    for name in ("coordinator_tasks", "coordinator_broadcast", "task_w1", "rpc_w1"):
+        os.close(os.open(served.pipes / name, os.O_WRONLY | os.O_NONBLOCK))
+    child.kill()
+    for name in ("task_w1", "rpc_w1"):
+        with pytest.raises(OSError) as caught:
+            os.close(os.open(served.pipes / name, os.O_WRONLY | os.O_NONBLOCK))
+        assert caught.value.errno in (errno.ENXIO, errno.ENOENT)
+
+
+@checks("P5")
+def test_what_is_no_fifo_is_not_written_to(served: Broker) -> None:
+    stranger = Stranger(served.config_path)
+    served.child(ECHO, "w1")
+    (served.pipes / stranger.reply).write_text("")
+    call = {"to": "w1", "body": 1, "reply_to": stranger.reply, "correlation_id": "1"}
+    stranger.tell("rpc_w1", call)
+    assert served.communicator().rpc_send("w1", 2).result(TIMEOUT) == 2
+    assert (served.pipes / stranger.reply).read_text() == ""
+    (served.pipes / stranger.reply).unlink()
+
+
+@checks("P6")
+def test_a_task_that_nobody_was_told_of_is_done(served: Broker, stranger: Stranger) -> None:
+    served.child(ECHO, "w1")
+    task_id = stranger.task(body=1)
+    eventually(lambda: done(served, task_id))
+
+
+# Large messages
+
+
+@checks("M1", "M2")
+def test_large_messages_go_by_a_file(served: Broker, stranger: Stranger) -> None:
+    served.child(ECHO, "w1")
+    stranger.read_from(stranger.reply)
+    body = "x" * 100_000
+    name = f"body_rpc_w1.{new_hex()}"
+    call = {"to": "w1", "body": body, "reply_to": stranger.reply, "correlation_id": "1"}
+    stranger.put(served.pipes / name, json.dumps(call))
+    stranger.tell("rpc_w1", f'{{"body_file":"{name}"}}'.encode())
+    assert stranger.next(stranger.reply) == {"result": body, "correlation_id": "1"}
+    assert not [name for name in os.listdir(served.pipes) if name.startswith("body_")]
+    for stolen in (f"body_rpc_w2.{new_hex()}", "../coordinator/format", ".config"):
+        stranger.tell("rpc_w1", f'{{"body_file":"{stolen}"}}'.encode())
+    assert served.communicator().rpc_send("w1", 2).result(TIMEOUT) == 2
+    assert (served.queue / "format").exists()
+
+
+@checks("M3")
+def test_a_body_that_is_gone_is_passed_over(served: Broker, stranger: Stranger) -> None:
+    sender = served.communicator()
+    served.child(HOLDER, "w1")
+    future = sender.rpc_send("w1", 1)
+    (reply,) = (name for name in os.listdir(served.pipes) if name.startswith("reply_") and str(os.getpid()) in name)
+    stranger.tell(reply, f'{{"body_file":"body_{reply}.{new_hex()}"}}'.encode())
+    pending = future.result(TIMEOUT)
+    assert not pending.done()
+
+
+@checks("M4", "A3")
+def test_an_outcome_that_was_left_on_the_disk_is_found(served: Broker, worker: Stranger) -> None:
+    future = served.communicator().task_send("left")
+    ring = worker.next(f"task_{worker.worker_id}")
+    assert ring is not None
+    (name,) = ring["names"]
+    task = worker.claim(name)
+    assert task is not None
+    text = json.dumps({"result": "found", "correlation_id": task["correlation_id"]})
+    worker.put(served.pipes / f"body_{task['reply_to']}.{new_hex()}", text)
+    worker.complete(name)
+    assert future.result(TIMEOUT) == "found"
+
+
+# Tasks: sending
+
+
+@checks("T1")
+def test_tasks_are_offered_in_the_order_of_their_ids(served: Broker, stranger: Stranger, tmp_path: Path) -> None:
+    for task_id in ("b", "a", "Z-9_", "00", "x" * 80):
+        stranger.put(served.queue / f"task_{task_id}.json", json.dumps({"body": task_id}))
+    served.child(RECORDER, tmp_path / "record")
+    eventually(lambda: len(recorded(tmp_path / "record")) == 5)
+    assert recorded(tmp_path / "record") == sorted(["b", "a", "Z-9_", "00", "x" * 80])
+
+
+@checks("T2", "T3", "T5")
+def test_a_task_is_done_and_its_sender_told(served: Broker, stranger: Stranger) -> None:
+    served.child(ECHO, "w1")
+    stranger.read_from(stranger.reply)
+    task_id = stranger.task(body={"a": 1}, no_reply=False, reply_to=stranger.reply, correlation_id="abc")
+    stranger.tell("coordinator_tasks", {"type": "task", "queue": "", "name": task_id})
+    assert stranger.next(stranger.reply) == {"result": {"a": 1}, "correlation_id": "abc"}
+    eventually(lambda: done(served, task_id))
+
+
+@checks("T4")
+def test_a_task_that_was_removed_in_time_is_not_done(served: Broker, stranger: Stranger, tmp_path: Path) -> None:
+    task_id = stranger.task(body="withdrawn")
+    os.unlink(served.queue / f"task_{task_id}.json")
+    stranger.tell("coordinator_tasks", {"type": "task", "queue": "", "name": task_id})
+    served.child(RECORDER, tmp_path / "record")
+    other = stranger.task(body="other")
+    stranger.tell("coordinator_tasks", {"type": "task", "queue": "", "name": other})
+    eventually(lambda: done(served, other))
+    assert recorded(tmp_path / "record") == ["other"]
+
+
+# Tasks: working
+
+
+@checks("W1", "L8")
+def test_a_worker_may_claim_what_it_finds_with_nothing_but_its_lock(served: Broker, stranger: Stranger) -> None:
+    future = served.communicator().task_send("found")
+    stranger.lock()
+    (name,) = (found[5:-5] for found in os.listdir(served.queue) if found.startswith("task_"))
+    task = stranger.claim(name)
+    assert task is not None
+    stranger.answer(task, result=task["body"])
+    stranger.complete(name)
+    assert future.result(TIMEOUT) == "found"
+
+
+@checks("W2", "W5", "A1", "A2", "R1")
+def test_of_two_who_claim_one_has_it(served: Broker, worker: Stranger) -> None:
+    future = served.communicator().task_send("one")
+    ring = worker.next(f"task_{worker.worker_id}")
+    assert ring is not None
+    (name,) = ring["names"]
+    other = Stranger(served.config_path)
+    other.lock()
+    task = other.claim(name)
+    assert task is not None and worker.claim(name) is None
+    worker.report(lost=[name])
+    other.answer(task, result="other's")
+    other.complete(name)
+    assert future.result(TIMEOUT) == "other's"
+    other.go()
+
+
+@checks("W2")
+def test_a_directory_of_claims_that_is_gone_is_made_again(served: Broker) -> None:
+    served.child(ECHO, "w1")
+    sender = served.communicator()
+    assert sender.task_send(1).result(TIMEOUT) == 1
+    (served.queue / "claimed" / "w1" / "lock").unlink()
+    (served.queue / "claimed" / "w1").rmdir()
+    assert sender.task_send(2).result(TIMEOUT) == 2
+
+
+@checks("W3", "Q3")
+def test_while_paused_nothing_is_rung_for_and_nothing_is_begun(served: Broker, worker: Stranger) -> None:
+    (served.queue / "paused").touch()
+    future = served.communicator().task_send("later")
+    assert worker.next(f"task_{worker.worker_id}", 0.3) is None
+    served.child(ECHO, "w1")
+    worker.tell("task_w1", {"type": "ring", "queue": "", "names": [served.tasks()[0]["id"]]})
+    assert served.tasks()[0]["state"] == "waiting"
+    (served.queue / "paused").unlink()
+    worker.tell("coordinator_tasks", {"type": "look"})  # Or else it sees that within ten seconds.
+    assert future.result(TIMEOUT) == "later"
+
+
+@checks("W4")
+def test_what_is_no_task_goes_to_failed_and_its_sender_is_told(served: Broker, stranger: Stranger) -> None:
+    served.child(ECHO, "w1")
+    stranger.read_from(stranger.reply)
+    envelope = f'"no_reply":false,"reply_to":"{stranger.reply}","correlation_id":"ab"}}'
+    for text in ('{"body":' + "[" * 100_000 + "," + envelope, '{"no_body":1,' + envelope):
+        task_id = f"{time.time_ns():020d}-{new_hex()[:8]}"
+        stranger.put(served.queue / f"task_{task_id}.json", text)
+        stranger.tell("coordinator_tasks", {"type": "task", "queue": "", "name": task_id})
+        eventually(lambda: (served.queue / "failed" / f"task_{task_id}.json").exists())
+        assert (served.queue / "failed" / f"task_{task_id}.reason").read_text()
+    answer = stranger.next(stranger.reply)
+    assert answer is not None and answer["correlation_id"] == "ab" and "not a task" in answer["exception"]
+
+
+@checks("W6", "R4")
+def test_what_is_given_back_goes_to_whom_the_report_says(served: Broker, worker: Stranger) -> None:
+    pipe = f"task_{worker.worker_id}"
+    served.communicator().task_send("for somebody else", no_reply=True)
+    for kind in ("returned", "rejected"):
+        ring = worker.next(pipe)
+        assert ring is not None
+        (name,) = ring["names"]
+        assert worker.claim(name) is not None
+        os.rename(worker.ours / f"task_{name}.json", served.queue / f"task_{name}.json")
+        worker.report(**{kind: [name]})
+    # Nobody else is here, so it is put off for a second.
+    assert worker.next(pipe, 0.3) is None
+    served.child(ECHO, "w1")
+    eventually(lambda: done(served, name))
+
+
+@checks("W7", "L5")
+def test_a_death_is_counted_in_the_name_and_the_twentieth_is_the_last(served: Broker, worker: Stranger) -> None:
+    for name in ("a", "b.7", "c.19"):
+        worker.put(served.queue / f"task_{name}.json", json.dumps({"body": name}))
+        assert worker.claim(name) is not None
+    worker.close()
+    eventually(lambda: not worker.ours.exists())
+    assert sorted(name for name in os.listdir(served.queue) if name.startswith("task_")) == [
+        "task_a.1.json",
+        "task_b.8.json",
+    ]
+    assert (served.queue / "failed" / "task_c.19.json").exists()
+    assert "20 workers" in (served.queue / "failed" / "task_c.19.reason").read_text()
+    left = [
+        path for root in (served.pipes, served.config_path / "pipes") for path in root.glob(f"*{worker.worker_id}*")
+    ]
+    assert left == []
+
+
+@checks("W8")
+def test_what_a_subscriber_raised_is_beside_its_task(served: Broker, worker: Stranger) -> None:
+    served.communicator().task_send("raises", no_reply=True)
+    ring = worker.next(f"task_{worker.worker_id}")
+    assert ring is not None
+    (name,) = ring["names"]
+    worker.claim(name)
+    worker.put(served.queue / "completed" / f"task_{name}.reason", "Traceback: it was too difficult")
+    worker.complete(name)
+    worker.report(done=[name])
+    (row,) = served.tasks()
+    assert row["state"] == "completed" and "too difficult" in row["outcome"]
+    assert "too difficult" in served.run("show", row["id"])
+
+
+# A worker's life
+
+
+@checks("L1", "L2")
+def test_a_lock_that_is_held_is_a_life(served: Broker, worker: Stranger) -> None:
+    with pytest.raises(kiwipy.DuplicateSubscriberIdentifier):
+        served.communicator(worker.worker_id)
+    with pytest.raises(FileExistsError):
+        worker.lock()
+    worker.close()
+    served.communicator(worker.worker_id).close()
+
+
+@checks("L3", "L4")
+def test_a_stranger_comes_and_is_rung(served: Broker, worker: Stranger) -> None:
+    eventually(lambda: [found["worker_id"] for found in served.status()["workers"]] == [worker.worker_id])
+    future = served.communicator().task_send("hello")
+    ring = worker.next(f"task_{worker.worker_id}")
+    assert ring is not None and ring["queue"] == ""
+    task = worker.claim(ring["names"][0])
+    assert task is not None and task["body"] == "hello"
+    worker.answer(task, result="done")
+    worker.complete(ring["names"][0])
+    worker.report(done=ring["names"])
+    assert future.result(TIMEOUT) == "done"
+
+
+@checks("L6")
+def test_who_goes_in_an_orderly_way_costs_no_death(served: Broker, worker: Stranger) -> None:
+    served.communicator().task_send("given back", no_reply=True)
+    ring = worker.next(f"task_{worker.worker_id}")
+    assert ring is not None
+    (name,) = ring["names"]
+    worker.claim(name)
+    os.rename(worker.ours / f"task_{name}.json", served.queue / f"task_{name}.json")
+    worker.go()
+    eventually(lambda: f"Worker {worker.worker_id} (pid {os.getpid()}) left" in served.log())
+    assert [(row["state"], row["deaths"]) for row in served.tasks()] == [("waiting", 0)]
+
+
+@checks("L7")
+def test_a_worker_makes_again_what_is_gone(served: Broker) -> None:
+    served.child(ECHO, "w1")
+    there = [
+        served.queue / "claimed" / "w1" / "lock",
+        served.pipes / "task_w1",
+        served.pipes / "rpc_w1",
+        served.pipes / "route_w1",
+        served.config_path / "pipes" / "worker_w1.json",
+    ]
+    for path in there:
+        path.unlink()
+    eventually(lambda: all(map(os.path.lexists, there)))
+
+
+# Rings and reports
+
+
+@checks("R1")
+def test_at_most_64_are_rung_for_and_not_heard_of(served: Broker, worker: Stranger) -> None:
+    sender = served.communicator(fsync=False)
+    for number in range(100):
+        sender.task_send(number, no_reply=True)
+    names: list[str] = []
+    while (ring := worker.next(f"task_{worker.worker_id}", TIMEOUT if len(names) < 64 else 0.3)) is not None:
+        names += ring["names"]
+    assert len(names) == len(set(names)) == 64
+
+
+@checks("R2")
+def test_what_is_not_claimed_is_offered_to_others(served: Broker, worker: Stranger) -> None:
+    future = served.communicator().task_send("waits for nobody")
+    assert worker.next(f"task_{worker.worker_id}") is not None
+    served.child(ECHO, "w1")
+    assert future.result(TIMEOUT) == "waits for nobody"
+
+
+@checks("R3")
+def test_a_worker_that_reports_nothing_gets_all_the_same(served: Broker, worker: Stranger) -> None:
+    sender = served.communicator(fsync=False)
+    futures = [sender.task_send(number) for number in range(70)]
+    while not all(future.done() for future in futures):
+        ring = worker.next(f"task_{worker.worker_id}", 1.0)
+        for name in ring["names"] if ring is not None else ():
+            task = worker.claim(name)
+            if task is not None:
+                worker.answer(task, result=task["body"])
+                worker.complete(name)
+    assert [future.result(TIMEOUT) for future in futures] == list(range(70))
+
+
+# Answers
+
+
+@checks("A4")
+def test_each_kind_of_answer_does_what_the_table_says(served: Broker, worker: Stranger) -> None:
+    sender = served.communicator()
+
+    def sent(**answer: Any) -> kiwipy.Future:
+        future = sender.task_send("question")
+        ring = worker.next(f"task_{worker.worker_id}")
+        assert ring is not None
+        (name,) = ring["names"]
+        task = worker.claim(name)
+        assert task is not None
+        worker.answer(task, shrug=True)  # Of no known kind.
+        worker.answer(task, **answer)
+        if "pending" in answer:
+            worker.answer(task, pending=answer["pending"])  # An old one.
+            worker.answer(task, result="in the end")
+        worker.complete(name)
+        worker.report(done=[name])
+        return future
+
+    assert sent(result=None).result(TIMEOUT) is None
+    with pytest.raises(kiwipy.RemoteException, match="too difficult") as caught:
+        sent(exception="too difficult", traceback="line 1").result(TIMEOUT)
+    assert "line 1" in str(caught.value.__cause__)
+    with pytest.raises(kiwipy.UnroutableError):
+        sent(undelivered="not here").result(TIMEOUT)
+    with pytest.raises(kiwipy.CancelledError):
+        sent(cancelled="no more").result(TIMEOUT)
+    assert sent(pending=1).result(TIMEOUT).result(TIMEOUT) == "in the end"
+
+
+# RPC
+
+
+@checks("C1", "C4", "C5")
+def test_a_stranger_serves_an_identifier_and_calls_one(served: Broker, stranger: Stranger) -> None:
+    stranger.come("rpc", rpc=True)
+    os.symlink(f"rpc_{stranger.worker_id}", served.pipes / "route_adder")
+    caller = served.communicator()
+    with pytest.raises(kiwipy.DuplicateSubscriberIdentifier):
+        caller.add_rpc_subscriber(lambda *_: None, "adder")
+    future = caller.rpc_send("adder", [1, 2])
+    call = stranger.next(f"rpc_{stranger.worker_id}")
+    assert call is not None and call["to"] == "adder"
+    stranger.answer(call, result=sum(call["body"]))
+    assert future.result(TIMEOUT) == 3
+    served.child(ECHO, "w1")
+    target = os.readlink(served.pipes / "route_w1")
+    stranger.tell(target, {"to": "w1", "body": "hi", "reply_to": stranger.reply, "correlation_id": "7"})
+    assert stranger.next(stranger.reply) == {"result": "hi", "correlation_id": "7"}
+    stranger.tell(target, {"to": "nobody", "body": "hi", "reply_to": stranger.reply, "correlation_id": "8"})
+    answer = stranger.next(stranger.reply)
+    assert answer is not None and "undelivered" in answer and answer["correlation_id"] == "8"
+    (served.pipes / "route_adder").unlink()
+
+
+def by_the_text(name: str) -> str:
+    """Quote a name as the sentence C2 says."""
+    plain = b"abcdefghijklmnopqrstuvwxyz0123456789._~-"
+    quoted = "".join(chr(byte) if byte in plain else f"%{byte:02x}" for byte in name.encode())
+    quoted = "%2e" + quoted[1:] if quoted.startswith(".") else quoted
+    return quoted if len(quoted) <= 200 else "=" + hashlib.sha256(name.encode()).hexdigest()
+
+
+@checks("C2")
+@pytest.mark.parametrize(
+    "name", ["plain", "Capital", "a b/c", ".dot", "ä€", "%41", "=x", "~a-b_c.d", "x" * 201, "Ä" * 40]
+)
+def test_an_identifier_is_quoted_as_the_text_says(served: Broker, name: str) -> None:
+    served.communicator().add_rpc_subscriber(lambda *_: None, name)
+    assert [found for found in os.listdir(served.pipes) if found.startswith("route_")] == [f"route_{by_the_text(name)}"]
+
+
+@checks("C3", "C6")
+def test_the_route_of_the_dead_is_replaced_and_who_has_called_them_is_told(broker: Broker) -> None:
+    child = broker.child(HOLDER, "w1")
+    caller = broker.communicator()
+    pending = caller.rpc_send("w1", 1).result(TIMEOUT)
+    child.kill()
+    with pytest.raises(kiwipy.DeliveryFailed):
+        pending.result(TIMEOUT)
+    # Without a coordinator: whoever meets the route buries the dead.
+    caller.add_rpc_subscriber(lambda _, body: body, "w1")
+    assert broker.communicator().rpc_send("w1", 2).result(TIMEOUT) == 2
+
+
+# Broadcasts
+
+
+@checks("B1", "B2")
+def test_a_stranger_listens_and_broadcasts(served: Broker, stranger: Stranger) -> None:
+    stranger.come("broadcast", broadcast=True, listens_since=time.time())
+    pipe = f"broadcast_{stranger.worker_id}"
+    served.communicator().broadcast_send("news", "me", "subject", "c1")
+    assert stranger.next(pipe) == {"body": "news", "sender": "me", "subject": "subject", "correlation_id": "c1"}
+    stranger.tell("coordinator_broadcast", {"body": 1, "colour": "green"})
+    assert stranger.next(pipe) == {"body": 1, "colour": "green"}
+
+
+@checks("B3", "B4")
+def test_a_broadcast_is_kept_for_the_next_coordinator(broker: Broker) -> None:
+    with broker.communicator() as sender:
+        sender.broadcast_send("kept")
+        (kept,) = (name for name in os.listdir(broker.pipes) if name.startswith("kept_"))
+        assert re.fullmatch(r"kept_\d{20}-[0-9a-f]{32}", kept)
+        assert json.loads((broker.pipes / kept).read_text())["body"] == "kept"
+        for number in range(1000):
+            (broker.pipes / f"kept_{time.time_ns():020d}-{number:032x}").write_text('{"body":"more"}')
+        sender.broadcast_send("one more")
+        assert sum(name.startswith("kept_") for name in os.listdir(broker.pipes)) == 1000
+        for name in os.listdir(broker.pipes):
+            if name.startswith("kept_"):
+                os.unlink(broker.pipes / name)
+        child = broker.child(WORKER, "w1")
+        stranger = Stranger(broker.config_path)
+        stranger.put(broker.pipes / f"kept_{time.time_ns():020d}-{new_hex()}", '{"body":"a stranger\'s"}')
+        broker.start()
+        assert child.line() == '["a stranger\'s", None, None, None]'
+
+
+# Named queues
+
+
+@checks("Q1", "Q2")
+def test_a_named_queue_has_its_own_tasks_and_no_lock(served: Broker, stranger: Stranger) -> None:
+    sender = served.communicator()
+    future = sender.task_queue("My Queue").task_send("in it")
+    key = by_the_text("My Queue")
+    directory = served.queue / "queues" / key
+    assert (directory / "name").read_text() == "My Queue"
+    stranger.come("task", queues={key: 1})
+    ring = stranger.next(f"task_{stranger.worker_id}")
+    assert ring is not None and ring["queue"] == key
+    (name,) = ring["names"]
+    ours = directory / "claimed" / stranger.worker_id
+    ours.mkdir(mode=0o700)
+    os.rename(directory / f"task_{name}.json", ours / f"task_{name}.json")
+    task = json.loads((ours / f"task_{name}.json").read_text())
+    stranger.answer(task, result=task["body"])
+    os.rename(ours / f"task_{name}.json", directory / "completed" / f"task_{name}.json")
+    stranger.report(key, done=[name])
+    assert future.result(TIMEOUT) == "in it"
+    assert os.listdir(ours) == [] and (stranger.ours / "lock").exists()
+
+
+# Versions
+
+
+@checks("V1")
+def test_a_field_more_in_format_changes_nothing(broker: Broker) -> None:
+    broker.communicator().close()
+    said = json.loads((broker.queue / "format").read_text())
+    (broker.queue / "format").write_text(json.dumps({**said, "colour": "green"}))
+    broker.communicator().close()
+    assert said["format"] == directories.FORMAT
+
+
+# The session
+
+
+class Session:
+    """Carries out the last section, line by line."""
+
+    def __init__(self, config: Path) -> None:
+        self._stranger = Stranger(config)
+        self._roots = {"PIPES": self._stranger.pipes, "REGISTRY": config / "pipes", "QUEUE": config / "coordinator"}
+        self._open: dict[int, int] = {}
+
+    def close(self) -> None:
+        for descriptor in self._open.values():
+            os.close(descriptor)
+        self._stranger.close()
+
+    def path(self, text: str) -> Path:
+        root, *rest = text.split("/", 1)
+        return self._roots[root].joinpath(*rest)
+
+    def obey(self, verb: str, rest: str) -> None:
+        """Do what a line says, and see whether what it says comes about."""
+        where, *more = rest.split("  ")
+        if verb in ("write", "gets"):
+            data = bytes.fromhex(more[0]) + more[1].encode()
+            if verb == "write":
+                self._stranger.tell_raw(where, data)
+            else:
+                inode = os.stat(self._roots["PIPES"] / where).st_ino
+                assert select.select([self._open[inode]], [], [], TIMEOUT)[0]
+                assert os.read(self._open[inode], 1 << 16) == data
+        else:
+            getattr(self, verb)(self.path(where), *more)
+
+    def mkdir(self, path: Path) -> None:
+        os.mkdir(path, 0o700)
+
+    def rmdir(self, path: Path) -> None:
+        os.rmdir(path)
+
+    def create(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        self._open[os.fstat(descriptor).st_ino] = descriptor
+
+    def flock(self, path: Path) -> None:
+        fcntl.flock(self._open[os.stat(path).st_ino], fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def link(self, path: Path, new: str) -> None:
+        os.link(path, self.path(new))
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def rename(self, path: Path, new: str) -> None:
+        os.rename(path, self.path(new))
+
+    def mkfifo(self, path: Path) -> None:
+        os.mkfifo(path, 0o600)
+
+    def open(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        self._open[os.fstat(descriptor).st_ino] = descriptor
+        self._open[-descriptor] = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+
+    def put(self, path: Path, text: str) -> None:
+        self.create(path)
+        os.write(self._open[os.stat(path).st_ino], text.encode())
+
+    def finds(self, path: Path, text: str) -> None:
+        assert path.read_text() == text
+
+    def fsync(self, path: Path) -> None:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def test_the_session_runs_as_it_is_written(served: Broker) -> None:
+    lines = PROTOCOL.split("## 14. ")[1].split("```")[1].split("\n")
+    written = [re.sub(r"\{(\d)\}", lambda match: match[1] * 32, line).split(None, 2) for line in lines if line]
+    assert len(written) > 30
+    session = Session(served.config_path)
+    try:
+        for who, verb, rest in written:
+            assert who in ("worker", "sender")
+            session.obey(verb, rest)
+    finally:
+        session.close()
+
+
+def test_the_frame_of_the_text_is_one() -> None:
+    _, block = PROTOCOL.split("## 2. Frames")[1].split("```")[:2]
+    data, text = block.strip().split("\n")
+    assert bytes.fromhex(data) == len(text.split(None, 1)[1]).to_bytes(4, "big") + text.split(None, 1)[1].encode()
