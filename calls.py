@@ -16,6 +16,9 @@ An answer carries the correlation id and one of these fields, which says what be
 Rules:
 - An entry is put in by one call and taken out by one, so that each future is ended once, whoever comes first.
 - Callbacks of futures are user code, and run on a lane of their own.
+- No future is waited for: a signal handler may have interrupted whoever looks at it, and wait for an answer itself; and
+  one that raises there leaves a future of Python's locked for ever (`threading.Condition.__exit__` is a function). What
+  cannot be ended at once is tried again.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
+import threading
 import traceback
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,6 +42,9 @@ if TYPE_CHECKING or not __package__:
 else:
     from . import frames
     from .lane import Lane
+
+_LOOKED_AT_SECONDS = 0.005
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.01, 10.0
 
 
 class RemoteTraceback(Exception):
@@ -71,6 +79,23 @@ class Reply(concurrent.futures.Future[Any]):
         self._lane.start()
         super().add_done_callback(lambda future: self._lane.put(functools.partial(fn, future)))
 
+    def end(self, how: Callable[[], object]) -> bool:
+        """End it, unless it has ended; say whether that could be done, as nobody holds it for long."""
+        if not self._condition.acquire(timeout=_LOOKED_AT_SECONDS):
+            return False
+        try:
+            with contextlib.suppress(concurrent.futures.InvalidStateError, RuntimeError):  # By its user himself.
+                how()
+        finally:
+            self._condition.release()
+        return True
+
+    def disown(self) -> None:
+        """End it, in a forked child: the thread that looked at it, and those that waited, are the parent's."""
+        self._condition = threading.Condition()
+        self._waiters.clear()
+        self.end(lambda: self.set_exception(kiwipy.CommunicatorClosed()))
+
 
 @dataclass
 class Call:
@@ -87,15 +112,24 @@ class Calls:
     """The calls that await an answer. Safe in any thread: each entry is put in by one call, and taken out by one."""
 
     def __init__(
-        self, callbacks: Lane, decode: Callable[[frames.Message, str], Any], prepare: Callable[[], None]
+        self,
+        callbacks: Lane,
+        decode: Callable[[frames.Message, str], Any],
+        prepare: Callable[[], None],
+        later: Callable[[float, Callable[[], None]], object],
     ) -> None:
         """
         :param prepare: called before an answer is awaited.
+        :param later: does something after so many seconds. Called in any thread.
         """
         self._callbacks = callbacks
         self._decode = decode
         self._prepare = prepare
+        self._later = later
         self._pending: dict[str, Call] = {}
+        self._unended: deque[tuple[Reply, Callable[[], object]]] = deque()
+        """Futures that could not be ended at once, each with how."""
+        self._pause = 0.0
         self._numbers = itertools.count(1)
         self.closed = False
 
@@ -130,9 +164,7 @@ class Calls:
             if kind in message:
                 call = self._pending.pop(correlation_id, None)
                 if call is not None:
-                    # A user may have ended the future himself.
-                    with contextlib.suppress(concurrent.futures.InvalidStateError, RuntimeError):
-                        take(self, correlation_id, call, message)
+                    take(self, correlation_id, call, message)
                 return
         raise frames.Garbage(f"an answer of no known kind: {sorted(message)}")
 
@@ -140,7 +172,7 @@ class Calls:
         """End the calls to a recipient that will not answer any more."""
         for correlation_id, call in list(self._pending.items()):
             if call.way is way and self._pending.pop(correlation_id, None) is call:
-                _end(call.future, error)
+                self._end(call.future, functools.partial(call.future.set_exception, error))
 
     def ways(self) -> set[object]:
         """Return the ways to those who owe an answer."""
@@ -151,28 +183,64 @@ class Calls:
         self.closed = True
         while self._pending:
             with contextlib.suppress(KeyError):
-                _end(self._pending.popitem()[1].future, kiwipy.CommunicatorClosed())
+                future = self._pending.popitem()[1].future
+                self._end(future, functools.partial(future.set_exception, kiwipy.CommunicatorClosed()))
+
+    def end_the_rest(self) -> None:
+        """End what could not be ended yet: in whoever closes, as it is often he that holds it."""
+        while self._unended:
+            with contextlib.suppress(IndexError):
+                future, how = self._unended.popleft()
+                future.end(how)
+
+    def disown(self) -> None:
+        """End all calls, in a forked child."""
+        self.closed = True
+        for future in (*(call.future for call in self._pending.values()), *(future for future, _ in self._unended)):
+            future.disown()
+        self._pending.clear()
+        self._unended.clear()
+
+    def _end(self, future: Reply, how: Callable[[], object]) -> None:
+        if not future.end(how):
+            self._unended.append((future, how))
+            if not self._pause:
+                self._pause = _FIRST_PAUSE_SECONDS
+                self._later(self._pause, self._try_again)
+
+    def _try_again(self) -> None:
+        for _ in range(len(self._unended)):
+            future, how = self._unended.popleft()
+            if not future.end(how):
+                self._unended.append((future, how))
+        self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS) if self._unended else 0.0
+        if self._pause:
+            self._later(self._pause, self._try_again)
 
     def _result(self, _: str, call: Call, message: frames.Message) -> None:
         try:
             value = self._decode(message, "result")
         except BaseException as error:
-            call.future.set_exception(error)
+            self._end(call.future, functools.partial(call.future.set_exception, error))
         else:
-            call.future.set_result(value)
+            self._end(call.future, functools.partial(call.future.set_result, value))
 
     def _exception(self, _: str, call: Call, message: frames.Message) -> None:
         error = kiwipy.RemoteException(message["exception"])
         if message.get("traceback"):
             error.__cause__ = RemoteTraceback(message["traceback"])
-        call.future.set_exception(error)
+        self._end(call.future, functools.partial(call.future.set_exception, error))
 
     def _undelivered(self, _: str, call: Call, message: frames.Message) -> None:
-        call.future.set_exception(kiwipy.UnroutableError(message["undelivered"]))
+        error = kiwipy.UnroutableError(message["undelivered"])
+        self._end(call.future, functools.partial(call.future.set_exception, error))
 
     def _cancelled(self, _: str, call: Call, message: frames.Message) -> None:
-        call.future.cancel()
-        call.future.set_running_or_notify_cancel()
+        def cancel() -> None:
+            call.future.cancel()
+            call.future.set_running_or_notify_cancel()
+
+        self._end(call.future, cancel)
 
     def _pending_answer(self, correlation_id: str, call: Call, message: frames.Message) -> None:
         level = message["pending"]
@@ -181,12 +249,7 @@ class Calls:
             return
         following = Call(Reply(self._callbacks), call.way, level)
         self._pending[correlation_id] = following
-        call.future.set_result(following.future)
-
-
-def _end(future: Reply, error: BaseException) -> None:
-    with contextlib.suppress(concurrent.futures.InvalidStateError):
-        future.set_exception(error)
+        self._end(call.future, functools.partial(call.future.set_result, following.future))
 
 
 _ANSWERS: dict[str, Callable[[Calls, str, Call, frames.Message], None]] = {

@@ -181,7 +181,7 @@ class Engine:
             self._pipes.open(self.reply, self._receiver.answered)
             if worker_id is not None:
                 self.subscriptions.live(worker_id)
-            self.poller.call(lambda: self.poller.later(random.random() * LOOK_SECONDS, self._look))
+            self.poller.call_later(random.random() * LOOK_SECONDS, self._look)
             self._thread.start()
         except BaseException:
             _engines.discard(self)
@@ -195,23 +195,23 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name=f"pipebroker {self._name}", daemon=True)
         # The lane is started where the caller can be told that there is no room for a thread.
         prepare = self.decoding.start if self.codec.runs_user_code else lambda: None
-        self.calls = Calls(self._callbacks, self.codec.decode, prepare)
+        self.calls = Calls(self._callbacks, self.codec.decode, prepare, self.poller.call_later)
         self.post = Post(self.layout, self.poller, self.codec, self._on_death)
-        self._reports = Reports(self.post, self.poller, self._whose)
+        self._reports = Reports(
+            self.post, self.poller, lambda: {"worker": self.subscriptions.worker_id, "reply": self.reply}
+        )
         self.holdings = Holdings(self.post, self._reports, Lane(f"pipebroker tasks {self._name}"))
         self.tasks = TaskSubscribers(self.holdings, self._reports, self.post, self.codec, self._facade)
         self.messages = MessageSubscribers(
             self.post, self.codec, Lane(f"pipebroker messages {self._name}"), self._facade
         )
+        self._lanes = (self.tasks.lane, self.messages.lane, self.decoding, self._callbacks)
         self._receiver = receiver = Receiver(self)
         handlers = {"task": receiver.rung, "rpc": receiver.called, "broadcast": receiver.heard}
         self._pipes = Pipes(self.layout.pipes, self.poller)
         self.subscriptions = Subscriptions(
             self.layout, self.poller, self.post, self.holdings, self.messages, self.reply, handlers, fsync=fsync
         )
-
-    def _whose(self) -> dict[str, str]:
-        return {"worker": self.subscriptions.worker_id, "reply": self.reply}
 
     # Sending
 
@@ -250,8 +250,10 @@ class Engine:
         self.subscriptions.hold(side)
         bury = functools.partial(burial.bury_claimants, self.layout, side.queue)
         task = self.holdings.pull(side, bury)
-        # What was dropped waits again as soon as the selector thread has seen to it.
-        return self.holdings.pull(side, bury) if task is None and self.poller.catch_up() else task
+        if task is None and self.poller.catch_up():  # What was dropped waits again once that thread has seen to it.
+            task = self.holdings.pull(side, bury)
+        self.subscriptions.ensure_open()  # Whoever has closed meanwhile gets nothing, though something waits.
+        return task
 
     def pull_each(self, side: Side) -> Iterator[taskqueue.Task]:
         """Claim waiting tasks, oldest first, until there are none that have not been offered."""
@@ -295,6 +297,8 @@ class Engine:
 
     def _look(self) -> None:
         self.poller.later(LOOK_SECONDS, self._look)
+        if self._facade() is None:
+            self.close_soon()  # A signal handler has raised where it was made.
         self._look_once()
 
     def _look_once(self) -> None:
@@ -353,14 +357,14 @@ class Engine:
             self._thread.join(_PATIENCE_SECONDS)
             if self._thread.is_alive():
                 return  # Nobody has told the lanes to end.
-            for lane in (self.tasks.lane, self.messages.lane, self.decoding, self._callbacks):
+            self.calls.end_the_rest()
+            for lane in self._lanes:
                 lane.join()
 
     def disown(self) -> None:
         """Be closed, in a forked child; the poller has closed its copies itself."""
-        self.closed = self._done = self.calls.closed = True
-        lanes = (self.tasks.lane, self.messages.lane, self.decoding, self._callbacks)
-        for part in (self.subscriptions, self.holdings, self._reports, self.post.ways, *lanes):
+        self.closed = self._done = True
+        for part in (self.subscriptions, self.holdings, self._reports, self.post.ways, *self._lanes, self.calls):
             part.disown()
 
     def _stop(self) -> None:

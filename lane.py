@@ -6,6 +6,7 @@ whoever is about to need it, who can be told that the system has no room for one
 
 from __future__ import annotations
 
+import collections
 import queue
 import threading
 from collections.abc import Callable
@@ -26,6 +27,9 @@ class Lane:
         self._name = name
         self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._begun = False
+        self._ticket = collections.deque([True])
+        """Only the thread that takes it runs jobs."""
         self._mutex = threading.RLock()
         self._busy = False
         self._finishing = False
@@ -37,17 +41,18 @@ class Lane:
 
         :raises RuntimeError: the system has no room for another thread.
         """
-        if self._thread is not None:
+        if self._begun:
             return
         with self._mutex:
-            if self._thread is None and not self._ended and not self._stopped:
-                # Before it is started, as a signal handler may raise while we wait for it to be there.
-                self._thread = thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            if not self._begun and not self._ended and not self._stopped:
+                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                self._begun = True
                 try:
-                    thread.start()
+                    self._thread.start()
                 except BaseException:
-                    if thread.ident is None:
-                        self._thread = None
+                    # What a signal handler raises does not tell whether the thread runs. If it does, the next one
+                    # finds no ticket.
+                    self._begun = False
                     raise
 
     def put(self, job: Callable[[], object]) -> None:
@@ -72,7 +77,7 @@ class Lane:
         """Run the jobs that wait, and then end; jobs that come later run where they come from."""
         with self._mutex:
             self._finishing = True
-            self._ended = self._thread is None
+            self._ended = not self._begun
             self._jobs.put(None)
 
     def disown(self) -> None:
@@ -87,20 +92,34 @@ class Lane:
             thread.join(_PATIENCE_SECONDS)
 
     def _run(self) -> None:
-        while True:
-            job = self._jobs.get()
-            if self._stopped:
-                return
-            if self._finishing:
-                with self._mutex:
-                    self._ended = self._jobs.empty()
-            self._busy = job is not None
-            if job is not None:
-                self._try(job)
-            del job  # It may hold the last reference to a communicator.
-            self._busy = False
-            if self._ended or self._stopped:  # Or the job has forked, and this is the child.
-                return
+        try:
+            self._ticket.pop()
+        except IndexError:
+            return
+        self._thread, self._begun = threading.current_thread(), True
+        goes_on = True
+        while goes_on:
+            try:
+                goes_on = self._run_one()
+            except BaseException:
+                # Somebody has set it in this thread, as a watchdog does, and his job was over.
+                self._busy = False
+                say("Error in %s", self._name)
+
+    def _run_one(self) -> bool:
+        """Say whether there may be more to run."""
+        job = self._jobs.get()
+        if self._stopped:
+            return False
+        if self._finishing:
+            with self._mutex:
+                self._ended = self._jobs.empty()
+        self._busy = job is not None
+        if job is not None:
+            self._try(job)
+        del job  # It may hold the last reference to a communicator.
+        self._busy = False
+        return not (self._ended or self._stopped)  # Or the job has forked, and this is the child.
 
     def _try(self, job: Callable[[], object]) -> None:
         try:

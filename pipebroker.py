@@ -244,12 +244,13 @@ class PipeTaskQueue:
         """Work on tasks of this queue, as `PipeCommunicator.add_task_subscriber` does on those of the default one."""
         return self._engine.subscriptions.add_task(self._side, subscriber, identifier)
 
-    def remove_task_subscriber(self, identifier: Any) -> None:
+    def remove_task_subscriber(self, subscriber: Any) -> None:
         """Stop working on tasks of this queue.
 
+        :param subscriber: its identifier, whose name here is kiwipy's.
         :raises ValueError: there is no such subscriber.
         """
-        self._engine.subscriptions.remove_task(self._side, identifier)
+        self._engine.subscriptions.remove_task(self._side, subscriber)
 
     @contextlib.contextmanager
     def next_task(self, timeout: float = 5.0, fail: bool = True) -> Iterator[PipeIncomingTask | None]:

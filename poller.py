@@ -152,6 +152,10 @@ class Poller:
         """Have the selector thread call something after so many seconds. Only in the selector thread."""
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), call))
 
+    def call_later(self, seconds: float, call: Callable[[], object]) -> None:
+        """Do what `later` does, in any thread."""
+        self.call(lambda: self.later(seconds, call))
+
     def poll(self, timeout: float | None = None) -> None:
         """Wait for events and timers, for at most `timeout` seconds (`None`: as long as it takes), and handle them."""
         if self._timers:

@@ -124,7 +124,7 @@ class Ways:
         self._on_death = on_death
         self._writers: dict[str, fifo.Writer] = {}
         self._mutex = threading.RLock()
-        self._closed = False
+        self.closed = False
         self.disowned = False
 
     def to(self, name: str) -> fifo.Writer | None:
@@ -137,7 +137,7 @@ class Ways:
             return writer
         with patient(self._mutex):
             writer = self._writers.get(name)
-            if self._closed:
+            if self.closed:
                 return None
             if writer is None or writer.dead:
                 drops_oldest = name == directories.BROADCAST_INTAKE
@@ -174,7 +174,7 @@ class Ways:
         """Close all ways; give up what they have not taken, and say what is dropped. In the selector thread."""
         self.look()
         with patient(self._mutex):
-            self._closed = True
+            self.closed = True
             writers, self._writers = list(self._writers.values()), {}
         for writer in writers:
             left = writer.take_back()
@@ -189,7 +189,7 @@ class Ways:
     def disown(self) -> None:
         """Lead nowhere, in a forked child."""
         self._mutex = threading.RLock()  # Another thread of the parent may have had it.
-        self._closed = self.disowned = True
+        self.closed = self.disowned = True
         self._writers.clear()
 
 
@@ -282,6 +282,7 @@ class Post:
         """Send a call straight to its recipient; return the future of the answer.
 
         :raises kiwipy.UnroutableError: nobody has the identifier.
+        :raises kiwipy.CommunicatorClosed: somebody closes.
         :raises kiwipy.DeliveryFailed: its recipient does not read, and too many calls wait for it already.
         :raises TypeError: JSON cannot express the body.
         :raises OSError: it could not be sent.
@@ -310,6 +311,8 @@ class Post:
             except BaseException:
                 calls.forget(correlation_id)
                 raise
+        if self.ways.closed:
+            raise kiwipy.CommunicatorClosed
         raise kiwipy.UnroutableError(f"no RPC subscriber '{recipient}'")
 
     def answer(self, reply_to: object, correlation_id: object, **fields: Any) -> None:

@@ -91,7 +91,16 @@ class TaskSubscribers:
             self._holdings.report(side, "rejected", name)
         else:
             if task is not None:
-                self._offer(side, task, iter(subscribers))
+                self._offer_guarded(side, task, iter(subscribers))
+
+    def _offer_guarded(self, side: Side, task: taskqueue.Task, subscribers: Iterator[Subscriber]) -> None:
+        try:
+            self._offer(side, task, subscribers)
+        except BaseException as error:
+            # Somebody has set it in this thread, as a watchdog does, when the subscriber had returned.
+            if task not in side.awaited:
+                self._holdings.finish(side, task, failure(error))
+            raise
 
     def _offer(self, side: Side, task: taskqueue.Task, subscribers: Iterator[Subscriber]) -> None:
         for subscriber in subscribers:
@@ -142,7 +151,7 @@ class TaskSubscribers:
         if future.cancelled() or isinstance(error, kiwipy.CancelledError):
             return  # It stays claimed until the communicator closes.
         if isinstance(error, kiwipy.TaskRejected):
-            self.lane.put(functools.partial(self._offer, side, task, subscribers))
+            self.lane.put(functools.partial(self._offer_guarded, side, task, subscribers))
             side.awaited.pop(task, None)
         elif error is not None:
             self._holdings.finish(side, task, failure(error))
@@ -186,6 +195,14 @@ class MessageSubscribers:
 
     def called(self, message: frames.Message) -> None:
         """Run the subscriber that a call is for, and answer it. In the lane."""
+        try:
+            self._call(message)
+        except BaseException as error:
+            # Somebody has set it in this thread, as a watchdog does, when the subscriber had returned.
+            self._post.answer(message.get("reply_to"), message.get("correlation_id"), **failure(error))
+            raise
+
+    def _call(self, message: frames.Message) -> None:
         to, reply_to, correlation_id = message.get("to"), message.get("reply_to"), message.get("correlation_id")
         subscriber, communicator = self.rpc.get(str(to)), self._facade()
         if subscriber is None or communicator is None or "body" not in message:

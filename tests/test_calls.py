@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import random
+import threading
 from typing import Any
 
 import kiwipy
@@ -11,11 +12,12 @@ import pytest
 
 import frames
 from calls import Calls, RemoteTraceback
+from harness import TIMEOUT
 from lane import Lane
 
 
-def make(codec: frames.Codec | None = None) -> Calls:
-    return Calls(Lane("callbacks"), (codec or frames.Codec()).decode, lambda: None)
+def make(codec: frames.Codec | None = None, later: Any = lambda seconds, job: None) -> Calls:
+    return Calls(Lane("callbacks"), (codec or frames.Codec()).decode, lambda: None, later)
 
 
 def ended(future: concurrent.futures.Future[Any]) -> Any:
@@ -53,6 +55,38 @@ def test_kinds_of_answer(answer: dict[str, Any], outcome: Any) -> None:
         assert ended(future) == outcome
     calls.answer({"correlation_id": other_id, "result": 1})
     assert ended(other) == 1
+
+
+def locked(future: concurrent.futures.Future[Any]) -> threading.Event:
+    """Have a thread hold a future, as one does that is interrupted while it looks at it, until the event is set."""
+    holds, lets_go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with future._condition:
+            holds.set()
+            lets_go.wait(TIMEOUT)
+
+    threading.Thread(target=hold).start()
+    assert holds.wait(TIMEOUT)
+    return lets_go
+
+
+def test_a_future_that_somebody_holds_is_ended_later_and_holds_up_no_other() -> None:
+    due: list[tuple[float, Any]] = []
+    calls = make(later=lambda seconds, job: due.append((seconds, job)))
+    (first_id, first), (second_id, second) = calls.expect(None), calls.expect(None)
+    lets_go = locked(first)
+    calls.answer({"correlation_id": first_id, "result": 1})
+    calls.answer({"correlation_id": second_id, "result": 2})
+    assert ended(second) == 2
+    for _ in range(12):
+        assert len(due) == 1
+        due.pop()[1]()
+    assert due[0][0] == 10.0
+    lets_go.set()
+    with first._condition:
+        due.pop()[1]()
+    assert ended(first) == 1 and due == []
 
 
 def test_exception_has_its_traceback_as_its_cause() -> None:

@@ -4,13 +4,18 @@ subscribers that fork, and threads that subscribe while the communicator is clos
 
 from __future__ import annotations
 
+import queue
 import re
 import subprocess
+import sys
+import threading
+import time
 
 import kiwipy
 import pytest
 
-from harness import TIMEOUT, Broker, eventually
+from harness import ECHO, HOLDER, TIMEOUT, Broker, eventually
+from lane import Lane
 from test_mending import look
 
 # Each says how it went by its last line. A hang is the end of the test's patience.
@@ -300,3 +305,208 @@ print("left", left)
 
 def test_who_subscribes_beside_close_leaves_nothing(served: Broker) -> None:
     assert outcome(served, CLOSES).endswith("left []\n")
+
+
+def test_a_future_that_an_interruption_has_left_locked_keeps_no_other_from_its_answer(served: Broker) -> None:
+    served.child(ECHO, "w1")
+    served.child(HOLDER, "w2")
+    caller = served.communicator()
+    locked, unanswered = caller.rpc_send("w1", 1), caller.rpc_send("w2", 2).result(TIMEOUT)
+    for future in (locked, unanswered):
+        future._condition.acquire()  # As `threading.Condition.__exit__` leaves it where a handler raises.
+    for number in range(3):
+        assert caller.rpc_send("w1", number).result(TIMEOUT) == number
+    began = time.monotonic()
+    caller.close()
+    assert time.monotonic() - began < 5.0
+    assert locked.result(0) == 1 and isinstance(unanswered.exception(0), kiwipy.CommunicatorClosed)
+    for future in (locked, unanswered):
+        future._condition.release()
+
+
+WAITS_WITHIN = """
+import signal
+caller = communicator()
+def handle(*_):
+    assert caller.rpc_send("w1", "handler's").result(20) == "handler's"
+signal.signal(signal.SIGALRM, handle)
+for number in range(300):
+    future = caller.rpc_send("w1", number)
+    signal.setitimer(signal.ITIMER_REAL, 0.0001)
+    while not future.done():
+        pass
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    assert future.result() == number
+print("done")
+"""
+
+
+def test_a_handler_that_waits_may_interrupt_whoever_looks_at_a_future(served: Broker) -> None:
+    served.child(ECHO, "w1")
+    assert served.spawn(WAITS_WITHIN).line(TIMEOUT) == "done"
+
+
+SUBSCRIBES = """
+import random, signal, threading
+class Interrupt(BaseException): pass
+def handle(*_): raise Interrupt
+signal.signal(signal.SIGALRM, handle)
+random.seed(1)
+worst = 0
+for number in range(60):
+    made = communicator()
+    inside = []
+    def subscriber(_, body):
+        global worst
+        inside.append(1); worst = max(worst, len(inside)); time.sleep(0.005); inside.pop(); return body
+    try:
+        signal.setitimer(signal.ITIMER_REAL, random.uniform(0.00005, 0.0004))
+        made.add_rpc_subscriber(subscriber, "e")
+    except Interrupt:
+        pass
+    finally:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except Interrupt:
+            pass
+    try:
+        made.add_rpc_subscriber(subscriber, "e")
+    except kiwipy.DuplicateSubscriberIdentifier:
+        pass
+    for future in [made.rpc_send("e", body) for body in range(3)]:
+        future.result(20)
+    made.close()
+left = [thread for thread in threading.enumerate() if thread is not threading.main_thread()]
+for thread in left:
+    thread.join(5)
+print("at once", worst, "left", sum(thread.is_alive() for thread in left))
+"""
+
+
+def test_an_interrupted_subscription_leaves_one_thread_at_most(served: Broker) -> None:
+    assert served.spawn(SUBSCRIBES).line(2 * TIMEOUT) == "at once 1 left 0"
+    for draft in (*served.pipes.glob(".rpc_*"), *served.queue.glob("claimed/.*")):
+        draft.unlink()  # Or the coordinator does so, after an hour.
+
+
+def test_a_lane_runs_on_where_it_was_begun_twice() -> None:
+    lane, ran = Lane("twice"), queue.SimpleQueue[str]()
+    lane.start()
+    lane._begun = False  # As where a handler raises while the thread begins.
+    lane.start()
+    for _ in range(10):
+        lane.put(lambda: ran.put(threading.current_thread().name + str(threading.get_ident())))
+    assert len({ran.get(timeout=TIMEOUT) for _ in range(10)}) == 1
+    lane.stop()
+    eventually(lambda: not any(thread.name == "twice" for thread in threading.enumerate()))
+
+
+WATCHED = """
+import concurrent.futures, ctypes, threading
+class TooLong(Exception): pass
+worker, sender = communicator(), communicator()
+begun, threads = threading.Event(), set()
+def end(ident):
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(TooLong))
+def subscriber(_, body):
+    threads.add(threading.get_ident())
+    if body == "spin":
+        begun.set()
+        while True: pass
+    return body
+worker.add_task_subscriber(subscriber)
+worker.add_rpc_subscriber(subscriber, "r")
+for send in (sender.task_send, lambda body: sender.rpc_send("r", body)):
+    begun.clear(); threads.clear()
+    future = send("spin")
+    begun.wait(20)
+    end(*threads)
+    assert "TooLong" in str(future.exception(20).__cause__)
+    end(*threads)  # Too late: it comes when the thread begins with the next one, which is lost.
+    try:
+        send("late").result(1)
+    except (kiwipy.RemoteException, TimeoutError, concurrent.futures.TimeoutError):
+        pass
+    assert [send(number).result(20) for number in range(3)] == [0, 1, 2]
+print("answered")
+"""
+
+
+@pytest.mark.skipif(sys.implementation.name != "cpython", reason="only CPython has it")
+def test_a_watchdog_ends_a_subscriber_and_no_lane(served: Broker) -> None:
+    assert served.spawn(WATCHED).line(2 * TIMEOUT) == "answered"
+
+
+FORKS_WHILE_IT_WAITS = """
+served = communicator("server")
+served.add_rpc_subscriber(lambda _, body: kiwipy.Future(), "never")
+caller = communicator()
+future = caller.rpc_send("never", 1).result(20)
+parent = os.getpid()
+future.add_done_callback(lambda _: os.getpid() == parent or print("called back in the child"))
+pid = os.fork()
+if not pid:
+    print(type(future.exception(5)).__name__)
+    sys.stdout.flush()
+    os._exit(0)
+os.waitpid(pid, 0)
+print(future.done())
+served.close(); caller.close()
+"""
+
+
+def test_what_a_forked_child_waits_for_ends(served: Broker) -> None:
+    child = served.spawn(FORKS_WHILE_IT_WAITS)
+    assert [child.line(), child.line()] == ["CommunicatorClosed", "False"]
+
+
+CLOSES_BESIDE = """
+import threading
+server = communicator("server")
+server.add_rpc_subscriber(lambda _, body: body, "echo")
+queue = server.task_queue("q")
+for number in range(200):
+    queue.task_send(number, no_reply=True)
+wrong = []
+def calls(caller):
+    try:
+        while True:
+            caller.rpc_send("echo", 1)
+    except kiwipy.CommunicatorClosed:
+        pass
+    except Exception as error:
+        wrong.append(repr(error))
+def pulls(caller):
+    try:
+        pulled = caller.task_queue("q")
+        while True:
+            with pulled.next_task() as task:
+                task.body
+    except kiwipy.CommunicatorClosed:
+        pass
+    except Exception as error:
+        wrong.append(repr(error))
+for number in range(30):
+    caller = communicator(fsync=False)
+    threads = [threading.Thread(target=target, args=(caller,)) for target in (calls, calls, pulls, pulls)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.005)
+    caller.close()
+    for thread in threads:
+        thread.join()
+print(sorted(set(wrong)))
+"""
+
+
+def test_whoever_closes_is_told_so_and_not_that_nobody_is_there(served: Broker) -> None:
+    assert served.spawn(CLOSES_BESIDE).line(2 * TIMEOUT) == "[]"
+
+
+def test_an_engine_that_nobody_owns_ends_when_it_looks_at_itself(served: Broker) -> None:
+    made = served.communicator("w1")
+    engine = made._engine
+    engine._facade = lambda: None  # As where a handler raises in the constructor, after the engine is made.
+    engine.poller.call(engine._look)
+    eventually(lambda: not engine._thread.is_alive())
+    served.communicator("w1").close()
