@@ -95,6 +95,14 @@ def bury_owned(layout: directories.Layout, locks: dict[str, presence.Lock], buri
                     _remove_claims(layout, queues, worker_id, lock)
 
 
+def seems_lost(layout: directories.Layout, worker_id: str) -> bool:
+    """Say whether a worker id has no lock, which proves nothing, and nobody reads any of its pipes.
+
+    :raises OSError: the kernel did not say.
+    """
+    return not os.path.lexists(layout.lock(worker_id)) and not any(map(directories.is_read, _pipes(layout, worker_id)))
+
+
 def remove_claims(layout: directories.Layout, worker_id: str, lock: presence.Lock) -> None:
     """Remove the claim directories of a worker id, and its lock last, unless there are tasks in them.
 
@@ -253,8 +261,7 @@ class Undertaker:
 
     def _seems_lost(self, worker_id: str) -> bool:
         with _logged(f"It is not known whether worker {worker_id} lives"):
-            locked = os.path.lexists(self._layout.lock(worker_id))
-            return not locked and not any(map(directories.is_read, _pipes(self._layout, worker_id)))
+            return seems_lost(self._layout, worker_id)
         return False
 
 

@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -56,6 +57,8 @@ class Claims:
         """What is in hand: its `id`, and itself, which is `None` once whoever pulled it has lost it."""
         self._leaving: dict[str, tuple[str, Callable[[], None]]] = {}
         """What may be claimed and is in nobody's hands: the state it goes to, and what is to be done before."""
+        self._said: set[str] = set()
+        """Of what cannot leave, what has been said."""
         self._mutex = threading.RLock()
         self._closed = False
 
@@ -71,9 +74,12 @@ class Claims:
         """Say whether nothing new is to be started."""
         return os.path.lexists(self._paused)
 
-    def take(self, name: str, *, pulled: bool = False) -> taskqueue.Task | None:
+    def take(
+        self, name: str, tell: Callable[[taskqueue.Unreadable], None], *, pulled: bool = False
+    ) -> taskqueue.Task | None:
         """Claim a waiting task; `None` if somebody else has it (losing that race is normal), or all is paused.
 
+        :param tell: puts on its way what the sender of something that is no task is told.
         :param pulled: it is in hand only as long as somebody refers to what is returned.
         :raises taskqueue.Unreadable: it was no task; it goes to ``failed/``.
         :raises OSError: it could not be read now, and it waits again.
@@ -93,7 +99,7 @@ class Claims:
                 task = taskqueue.Task.read(self.queue.file(name, self._state), name)
             except taskqueue.Unreadable as error:
                 self.queue.note(name, "failed", str(error))
-                self._leave(name, "failed")
+                self._leave(name, "failed", functools.partial(tell, error))
                 raise
             except OSError:
                 self._leave(name, "")
@@ -138,9 +144,15 @@ class Claims:
         self._leaving[name] = (state, before)
         before()
         self._leaving[name] = (state, _nothing)
-        with contextlib.suppress(OSError):
+        try:
             self.queue.move(name, self._state, state)
             del self._leaving[name]
+        except OSError as error:
+            if name not in self._said:
+                self._said.add(name)
+                _LOGGER.error("Task %s cannot leave the claims of %s yet: %s", name, self.worker_id, error)
+        else:
+            self._said.discard(name)
 
     @contextlib.contextmanager
     def _unless_held_up(self) -> Iterator[bool]:

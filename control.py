@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or not __package__:
+    import burial
     import directories
     import fifo
     import files
     import presence
     import taskqueue
 else:
-    from . import directories, fifo, files, presence, taskqueue
+    from . import burial, directories, fifo, files, presence, taskqueue
 
 STATES = tuple(taskqueue.PLACES)
 OTHER_DEFAULT = "queues/default"
@@ -359,7 +360,7 @@ def _may_live(layout: directories.Layout, worker_id: str) -> bool:
     try:
         if os.path.lexists(layout.lock(worker_id)):
             return presence.is_alive(layout, worker_id)
-        return any(directories.is_read(layout.pipes / f"{kind}_{worker_id}") for kind in directories.KINDS)
+        return not burial.seems_lost(layout, worker_id)
     except OSError:
         return True
 

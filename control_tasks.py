@@ -188,6 +188,7 @@ def show(config_path: str | os.PathLike[str], task_id: str) -> dict[str, Any]:
     layout = control.find(config_path)
     found = _find(layout, task_id)
     answer = {**_row(found, control.queue_name(layout, found.key)), "file": found.path, "unreadable": None}
+    answer |= {"size": None, "since": None}
     try:
         status = os.lstat(found.path)
         answer["size"], answer["since"] = status.st_size, status.st_ctime
@@ -310,9 +311,9 @@ def _requeue(layout: directories.Layout, found: Found) -> None:
 def _remove(layout: directories.Layout, found: Found) -> None:
     found = _let_go(layout, found)
     # By way of failed/: whoever is interrupted here, or killed, leaves it where everybody sees it, and why.
-    if found.state == "waiting" and found.queue.fail(
-        found.name, "", "it was being removed: do so again, or requeue it"
-    ):
+    if found.state == "waiting":
+        if not found.queue.fail(found.name, "", "it was being removed: do so again, or requeue it"):
+            raise NoSuchTask(f"task {found.task_id} has moved on meanwhile: ask again")
         found = dataclasses.replace(found, state="failed")
     if found.state == "failed":
         with contextlib.suppress(FileNotFoundError):  # The pipes are gone, and so is whoever waited.

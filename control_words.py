@@ -197,7 +197,7 @@ def task(answer: dict[str, Any], screen: int | None) -> Iterator[str]:
         lives = f"pid {answer['worker_pid']}" if answer["worker_pid"] else "which is dead"
         yield f"Worker:   {flat(answer['worker'])}, {lives}"
     yield f"Deaths:   {answer['deaths']}"
-    yield f"File:     {answer['file']}, {answer['size']:,} bytes"
+    yield f"File:     {flat(answer['file'])}, {'? bytes' if answer['size'] is None else count(answer['size'], 'byte')}"
     if answer["outcome"]:
         yield f"Outcome:  {flat(answer['outcome'])}"
     if answer["unreadable"]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import heapq
 import logging
 import threading
@@ -164,9 +165,9 @@ class Holdings:
         :raises OSError: it could not be read now, and waits again.
         """
         try:
-            task = side.claims.take(name, pulled=pulled) if side.claims is not None else None
-        except taskqueue.Unreadable as error:
-            self._tell_unreadable(name, error)
+            tell = functools.partial(self._tell_unreadable, name)
+            task = side.claims.take(name, tell, pulled=pulled) if side.claims is not None else None
+        except taskqueue.Unreadable:
             self.report(side, "done", name)
             return None
         if task is not None:
@@ -329,6 +330,8 @@ class Holdings:
     def look(self) -> None:
         """Move what could not be moved when it was finished, and report what somebody had pulled and lost."""
         for side in list(self.sides.values()):
+            with contextlib.suppress(OSError):  # Who needs it is told.
+                side.queue.make()
             for name in side.claims.look() if side.claims is not None else ():
                 self.report(side, "returned", name)
                 self.on_room(side)

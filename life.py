@@ -76,10 +76,11 @@ class Life:
         self._layout = layout
         self._poller = poller
         self._ring = ring
-        self._lock = self._take_patiently()
+        self._locks = [self._take_patiently()]
+        """The one in place is the last; those before it may come back with a directory that was moved away."""
         if worker_id is not None:
             buried = burial.Buried()
-            burial.bury_owned(layout, {worker_id: self._lock}, buried, keep=True)
+            burial.bury_owned(layout, {worker_id: self._locks[-1]}, buried, keep=True)
             self._ring_given_back(buried)
 
     def _take_patiently(self) -> presence.Lock:
@@ -142,21 +143,40 @@ class Life:
 
         :raises OSError: something cannot be made.
         """
-        if not self._lock.is_in_place():
-            lock = self._take()
-            if lock is None:
-                return not os.path.lexists(self._layout.lock(self.worker_id))
-            _LOGGER.warning("The lock of worker %s had vanished, and is made again", self.worker_id)
-            self._let_go()
-            self._lock = lock
+        if not self._is_locked():
+            return False
         self.pipes.look()
         for identifier in list(self.routes):
-            with contextlib.suppress(FileNotFoundError):
-                os.utime(self._layout.route(identifier), follow_symlinks=False)
-                continue
-            if not self.claim_route(identifier):
-                self.routes.discard(identifier)
+            try:
+                self._look_at_route(identifier)
+            except OSError as error:
+                _LOGGER.error("The RPC identifier '%s' cannot be served now: %s", identifier, error)
         return True
+
+    def _is_locked(self) -> bool:
+        """See to it that a lock is in place; say whether another's is not."""
+        self._locks.sort(key=presence.Lock.is_in_place)
+        if self._locks[-1].is_in_place():
+            return True
+        try:
+            lock = self._take()
+        except OSError as error:
+            # Of all else something may be mended.
+            _LOGGER.error("The lock of worker %s cannot be made again now: %s", self.worker_id, error)
+            return True
+        if lock is None:
+            return not os.path.lexists(self._layout.lock(self.worker_id))
+        _LOGGER.warning("The lock of worker %s had vanished, and is made again", self.worker_id)
+        self._let_go(presence.Lock.is_gone)
+        self._locks.append(lock)
+        return True
+
+    def _look_at_route(self, identifier: str) -> None:
+        route = self._layout.route(identifier)
+        if presence.route_target(route) == f"rpc_{self.worker_id}":
+            os.utime(route, follow_symlinks=False)
+        elif not self.claim_route(identifier):
+            self.routes.discard(identifier)
 
     def leave(self) -> None:
         """Vanish, but for what was claimed, and the lock."""
@@ -168,7 +188,8 @@ class Life:
         """Close the pipes, and let go of the lock. In the selector thread."""
         try:
             self.pipes.close(and_bodies=True)
-            burial.remove_claims(self._layout, self.worker_id, self._lock)
+            self._locks.sort(key=presence.Lock.is_in_place)
+            burial.remove_claims(self._layout, self.worker_id, self._locks[-1])
         finally:
             self._let_go()
 
@@ -177,10 +198,12 @@ class Life:
         self.pipes.close(and_bodies=False)
         self._let_go()
 
-    def _let_go(self) -> None:
+    def _let_go(self, which: Callable[[presence.Lock], bool] = lambda lock: True) -> None:
         with patient(no_fork):
-            self._poller.descriptors.discard(self._lock.descriptor)
-            self._lock.release()
+            for lock in filter(which, self._locks[:]):
+                self._locks.remove(lock)
+                self._poller.descriptors.discard(lock.descriptor)
+                lock.release()
 
 
 class Intake:

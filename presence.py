@@ -49,6 +49,10 @@ class Lock:
         """Say whether the lock still has its name."""
         return files.is_in_place(self.path, self.descriptor)
 
+    def is_gone(self) -> bool:
+        """Say whether it has no name any more, anywhere."""
+        return os.fstat(self.descriptor).st_nlink == 0
+
     def release(self) -> None:
         """Let go of the lock. A forked child's copy of the descriptor does not keep it."""
         with contextlib.suppress(OSError):
@@ -77,7 +81,7 @@ def _open_lock(path: Path) -> int | None:
 def _draft(path: Path, draft: Path, text: str) -> Iterator[Lock]:
     """Make a lock file that has no name yet, and lock it, so that nobody ever meets it free.
 
-    Whoever gives it its name takes it out of the context by `Lock.path`; otherwise it is let go at its end.
+    Whoever gives it its name has it from then on; it is let go where something is raised.
     """
     descriptor = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     lock = Lock(path, descriptor)
@@ -93,9 +97,6 @@ def _draft(path: Path, draft: Path, text: str) -> Iterator[Lock]:
     except BaseException:
         lock.release()  # In place or not: nobody gets it.
         raise
-    else:
-        if not lock.is_in_place():
-            lock.release()
     finally:
         files.remove(draft)
 

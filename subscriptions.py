@@ -135,8 +135,8 @@ class Subscriptions:
         with self._mutex:
             side = self._holdings.sides.get(key)
             if side is None:
-                queue = taskqueue.TaskQueue(self._layout.queue_directory(key), fsync=self._fsync)
-                queue.make(name)
+                queue = taskqueue.TaskQueue(self._layout.queue_directory(key), name, fsync=self._fsync)
+                queue.make()
                 side = self._holdings.sides.setdefault(key, Side(key, queue, prefetch))
             elif prefetch and prefetch != side.prefetch:
                 side.prefetch = prefetch

@@ -106,7 +106,7 @@ class Task:
         except files.NotAFile as error:
             raise Unreadable(f"it is not a task: {error}") from error
         if "body" not in message:
-            raise Unreadable("it is not a task: it has no body")
+            raise Unreadable("it is not a task: it has no body", message)
         return cls(name, message)
 
     @property
@@ -128,24 +128,25 @@ class Task:
 class TaskQueue:
     """One queue: a directory with the states of its tasks. It has no state but the disk's."""
 
-    def __init__(self, directory: Path, *, fsync: bool = True) -> None:
+    def __init__(self, directory: Path, name: str | None = None, *, fsync: bool = True) -> None:
         """
+        :param name: as its user wrote it, to be kept in it; `None` where it has none, or that is not known.
         :param fsync: whether `put` waits until the task would survive a loss of power.
         """
         self.directory = directory
+        self._name = name
         self._root = str(directory)
         self._fsync = fsync
 
-    def make(self, name: str | None = None) -> None:
-        """Make the directories that are missing.
+    def make(self) -> None:
+        """Make what is missing.
 
-        :param name: the queue's name, as its user wrote it, to be kept in it.
-        :raises OSError: they cannot be made.
+        :raises OSError: it cannot be made.
         """
         for state in ("claimed", "completed", "failed"):
             files.make_directories(self.directory / state)
-        if name is not None and not os.path.lexists(self.directory / "name"):
-            files.write_whole(self.directory / "name", name.encode())
+        if self._name is not None and not os.path.lexists(self.directory / "name"):
+            files.write_whole(self.directory / "name", self._name.encode())
 
     def file(self, name: str, state: str = "") -> str:
         """Return where a task is kept in a state: '' (waiting), 'completed', 'failed' or 'claimed/…'.
@@ -270,7 +271,10 @@ class TaskQueue:
         :raises OSError: it could not be moved, and is where it was.
         """
         self.note(name, "failed", reason)
-        return self.move(name, source, "failed")
+        if self.move(name, source, "failed"):
+            return True
+        self.forget_reason(name, "failed")
+        return False
 
     def requeue(self, task_id: str) -> str | None:
         """Move a failed or completed task back to waiting, its deaths forgotten.
@@ -280,11 +284,22 @@ class TaskQueue:
         for state in ("failed", "completed"):
             for name in self.names(state):
                 new = split(name)[0]
-                if task_id in (name, new) and not self.is_waiting(new):
-                    self.forget_reason(name, state)  # First, as its next life may have one of that name.
-                    if self.move(name, state, "", new):
-                        return new
+                if task_id in (name, new) and not self.is_waiting(new) and self._requeue(name, state, new):
+                    return new
         return None
+
+    def _requeue(self, name: str, state: str, new: str) -> bool:
+        reason = self._reason(name, state)
+        try:
+            before = os.lstat(reason)
+        except OSError:
+            return self.move(name, state, "", new)
+        moved = self.move(name, state, "", new)
+        # Its next life may have ended by now, and have a reason of that name.
+        with contextlib.suppress(OSError):
+            if moved and os.path.samestat(before, os.lstat(reason)):
+                reason.unlink()
+        return moved
 
     def sweep(self) -> Iterator[bool]:
         """Remove old completed tasks and what writers left half-written, in steps.

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import kiwipy
 import pytest
 
 import bodies
 import burial
 import control
+import control_tasks
 import directories
 import fifo
 import files
 import frames
+import presence
 import strangers
 import taskqueue
-from harness import COORDINATOR, TIMEOUT, Broker, eventually, write_frame
+from harness import COORDINATOR, ECHO, PULLER, TIMEOUT, Broker, eventually, write_frame
 from members import WINDOW, Member
 from scheduler import Scheduler
 from test_mending import look
@@ -272,3 +277,203 @@ def _read(descriptor: int) -> bytes:
     with contextlib.suppress(BlockingIOError):
         return os.read(descriptor, 65536)
     return b""
+
+
+# What is held
+
+
+def test_a_task_without_a_body_is_told_to_its_sender(broker: Broker) -> None:
+    broker.start()
+    broker.run("pause")
+    future = broker.communicator().task_send(1)
+    (path,) = broker.queue.glob("task_*.json")
+    said = json.loads(path.read_text())
+    del said["body"]
+    path.write_text(json.dumps(said))
+    broker.run("resume")
+    broker.child(ECHO, "w1")
+    with pytest.raises(kiwipy.RemoteException, match="no body"):
+        future.result(TIMEOUT)
+
+
+KILLED_BEFORE_FAILED = """
+import signal, taskqueue
+move = taskqueue.TaskQueue.move
+def moves(self, name, source, target, new=None):
+    if target == "failed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return move(self, name, source, target, new)
+taskqueue.TaskQueue.move = moves
+worker = communicator("w1")
+worker.add_task_subscriber(lambda _, body: body)
+print("ready"); sys.stdin.read()
+"""
+
+
+def test_the_sender_of_what_is_no_task_is_told_before_it_goes_to_failed(broker: Broker) -> None:
+    broker.start()
+    broker.run("pause")
+    future = broker.communicator().task_send(1)
+    (path,) = broker.queue.glob("task_*.json")
+    path.write_text(path.read_text().replace("1", "[" * 100_000, 1))
+    broker.run("resume")
+    child = broker.child(KILLED_BEFORE_FAILED)
+    child.process.wait(TIMEOUT)
+    with pytest.raises(kiwipy.RemoteException):
+        future.result(TIMEOUT)
+
+
+def test_a_task_that_cannot_leave_a_claim_is_said_once(broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
+    broker.start()
+    worker = broker.communicator("w1")
+    worker.add_task_subscriber(lambda _, body: body)
+    completed = broker.queue / "completed"
+    completed.rmdir()
+    completed.write_text("")
+    assert broker.communicator().task_send(1).result(TIMEOUT) == 1
+    for _ in range(2):
+        look(worker)
+    assert len([record for record in caplog.records if "cannot leave the claims" in record.message]) == 1
+    completed.unlink()
+    look(worker)
+    eventually(lambda: [row["state"] for row in broker.tasks()] == ["completed"])
+
+
+def test_a_lock_that_cannot_be_made_keeps_nothing_else_from_being_mended(broker: Broker) -> None:
+    broker.start()
+    worker = broker.communicator("w1")
+    worker.add_rpc_subscriber(lambda _, body: body, "r")
+    lock = broker.queue / "claimed" / "w1" / "lock"
+    lock.unlink()
+    lock.mkdir()
+    (broker.pipes / "rpc_w1").unlink()
+    (broker.pipes / "route_r").unlink()
+    look(worker)
+    assert broker.communicator().rpc_send("r", 1).result(TIMEOUT) == 1
+    lock.rmdir()
+    look(worker)
+    assert lock.is_file()
+
+
+def test_a_route_that_is_something_else_is_made_again(broker: Broker) -> None:
+    broker.start()
+    worker = broker.communicator("w1")
+    for identifier in ("a", "b"):
+        worker.add_rpc_subscriber(lambda _, body: body, identifier)
+        (broker.pipes / f"route_{identifier}").unlink()
+    (broker.pipes / "route_a").mkdir()
+    (broker.pipes / "route_b").write_text("")
+    look(worker)
+    sender = broker.communicator()
+    assert sender.rpc_send("b", 1).result(TIMEOUT) == 1
+    (broker.pipes / "route_a").rmdir()
+    look(worker)
+    assert sender.rpc_send("a", 1).result(TIMEOUT) == 1
+
+
+def test_a_queue_that_is_moved_away_and_back_buries_nobody(broker: Broker) -> None:
+    broker.start()
+    worker, sender, going_on = broker.communicator("w1"), broker.communicator(), threading.Event()
+    worker.add_task_subscriber(lambda _, body: going_on.wait(TIMEOUT) and body)
+    future = sender.task_send("held")
+    eventually(lambda: list(broker.queue.glob("claimed/w1/task_*")))
+    away = broker.queue.with_name("away")
+    broker.queue.rename(away)
+    look(worker)
+    assert (broker.queue / "claimed" / "w1" / "lock").exists()
+    shutil.rmtree(broker.queue)
+    away.rename(broker.queue)
+    layout = directories.locate(broker.config_path)
+    assert layout is not None and burial.bury(layout, ["w1"]) == burial.Buried()
+    look(worker)
+    going_on.set()
+    assert future.result(TIMEOUT) == "held"
+    eventually(lambda: list(broker.queue.glob("completed/task_*")))
+
+
+def test_a_link_to_a_queue_takes_nothing_from_it(broker: Broker) -> None:
+    broker.start()
+    worker, sender, going_on = broker.communicator("w1"), broker.communicator(), threading.Event()
+    worker.task_queue("big").add_task_subscriber(lambda _, body: going_on.wait(TIMEOUT) and body)
+    future = sender.task_queue("big").task_send("held")
+    eventually(lambda: list(broker.queue.glob("queues/big/claimed/w1/task_*")))
+    os.symlink("big", broker.queue / "queues" / "alias")
+    look(worker)
+    assert list(broker.queue.glob("queues/big/claimed/w1/task_*"))
+    going_on.set()
+    assert future.result(TIMEOUT) == "held"
+
+
+def test_a_lock_whose_directory_goes_at_once_is_whole(
+    layout: directories.Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def links(source: Any, target: Any, **options: Any) -> None:
+        link(source, target, **options)
+        os.unlink(target)
+
+    monkeypatch.setattr(os, "link", links)
+    lock = presence.WorkerLock.take(layout, "w1", make=True)
+    assert lock is not None and not lock.is_in_place()
+    lock.release()
+
+
+def test_a_queue_that_is_made_again_has_its_name(broker: Broker) -> None:
+    broker.start()
+    sender = broker.communicator()
+    queue = sender.task_queue("Größe")
+    shutil.rmtree(broker.queue / "queues")
+    queue.task_send(1, no_reply=True)
+    assert "Größe" in broker.run("tasks", "--queue", "Größe")
+    shutil.rmtree(broker.queue / "queues")
+    look(sender)
+    assert broker.run("tasks", "--queue", "Größe")
+
+
+@pytest.mark.parametrize("state", ["failed", "completed"])
+def test_a_task_that_cannot_be_requeued_keeps_its_reason(
+    layout: directories.Layout, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = taskqueue.TaskQueue(layout.queue)
+    Path(queue.file("1-a.3", state)).write_text('{"body": 1}')
+    queue.note("1-a.3", state, "why")
+    with monkeypatch.context() as patch:
+
+        def refuses(*_: Any) -> bool:
+            raise PermissionError
+
+        patch.setattr(queue, "move", refuses)
+        with pytest.raises(PermissionError):
+            queue.requeue("1-a")
+    assert queue.reason("1-a.3", state) == "why"
+    assert queue.requeue("1-a") == "1-a" and queue.reason("1-a.3", state) == ""
+
+
+def test_whoever_removes_what_has_just_been_claimed_leaves_it(
+    layout: directories.Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = taskqueue.TaskQueue(layout.queue)
+    Path(queue.file("1-a")).write_text('{"body": 1}')
+    fail = taskqueue.TaskQueue.fail
+
+    def claimed_meanwhile(self: taskqueue.TaskQueue, *arguments: Any) -> bool:
+        self.move("1-a", "", "claimed/w1")
+        failed = fail(self, *arguments)
+        self.move("1-a", "claimed/w1", "")
+        return failed
+
+    monkeypatch.setattr(taskqueue.TaskQueue, "fail", claimed_meanwhile)
+    ((task_id, problem),) = control_tasks.remove(layout.config_path, ["1-a"])
+    assert task_id == "1-a" and isinstance(problem, control_tasks.NoSuchTask)
+    assert queue.is_waiting("1-a") and list((layout.queue / "failed").iterdir()) == []
+
+
+def test_drain_waits_for_a_puller_that_has_lost_its_lock(broker: Broker) -> None:
+    broker.start()
+    broker.communicator().task_send("x", no_reply=True)
+    child = broker.child(PULLER, "puller")
+    child.stop()
+    (broker.queue / "claimed" / "puller" / "lock").unlink()
+    assert "puller" in broker.run("drain", "--timeout", "0.2", status=4)
+    child.go_on()

@@ -812,7 +812,7 @@ def test_task_that_could_not_be_moved_when_it_was_done_is_moved_later(tmp_path: 
     name = taskqueue.new_id()
     queue.put(name, '{"body": 1}', lambda: None)
     claims = Claims(queue, "worker", tmp_path / "paused")
-    task = claims.take(name)
+    task = claims.take(name, print)
     assert task is not None
     (tmp_path / "completed").rmdir()
     (tmp_path / "completed").write_text("a file")
@@ -846,7 +846,7 @@ def test_task_whose_settling_was_interrupted_is_not_forgotten(
     with monkeypatch.context() as patch, contextlib.suppress(_Refusal):
         if step == "claim":
             patch.setattr(taskqueue.Task, "read", claim_and_be_interrupted)
-        task = claims.take(name)
+        task = claims.take(name, print)
         assert task is not None
         if step == "move":
             patch.setattr(queue, "move", interrupted)

@@ -20,7 +20,7 @@ def complete(queue: taskqueue.TaskQueue, number: int) -> list[str]:
     names = [put(queue) for _ in range(number)]
     claims = Claims(queue, "worker", queue.directory / "paused")
     for name in names:
-        task = claims.take(name)
+        task = claims.take(name, print)
         assert task is not None and claims.settle(task, lambda: None, "completed", f"reason {name}")
     return names
 
@@ -48,10 +48,10 @@ def test_tasks_of_others_do_not_end_by_our_hand(tmp_path: Path) -> None:
     queue = taskqueue.TaskQueue(tmp_path, fsync=False)
     name = put(queue)
     first, second = (Claims(queue, worker_id, tmp_path / "paused") for worker_id in ("first", "second"))
-    task = first.take(name)
-    assert task is not None and second.take(name) is None
+    task = first.take(name, print)
+    assert task is not None and second.take(name, print) is None
     assert first.settle(task, lambda: None, "")
-    again = second.take(name)
+    again = second.take(name, print)
     assert again is not None and not first.settle(task, lambda: None, "completed")
     assert [name for _, name in queue.claimed()] == [name]
     assert second.settle(again, lambda: None, "completed")
@@ -61,7 +61,7 @@ def test_task_that_cannot_be_moved_is_not_forgotten(tmp_path: Path) -> None:
     queue = taskqueue.TaskQueue(tmp_path, fsync=False)
     name = put(queue)
     claims = Claims(queue, "worker", tmp_path / "paused")
-    task = claims.take(name)
+    task = claims.take(name, print)
     (tmp_path / "completed").write_text("in the way")
     assert task is not None and claims.settle(task, lambda: None, "completed")
     assert [name for _, name in queue.claimed()] == [name]
@@ -76,7 +76,7 @@ def test_nothing_is_claimed_while_all_is_paused(tmp_path: Path) -> None:
     paused = tmp_path / "paused"
     claims = Claims(queue, "worker", paused)
     paused.touch()
-    assert claims.take(name) is None and not len(claims)
+    assert claims.take(name, print) is None and not len(claims)
     assert list(queue.names()) == [name] and not list(queue.claimed())
     paused.unlink()
-    assert claims.take(name) is not None
+    assert claims.take(name, print) is not None
