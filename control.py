@@ -35,7 +35,7 @@ else:
     from . import burial, directories, fifo, files, presence, taskqueue
 
 STATES = tuple(taskqueue.PLACES)
-OTHER_DEFAULT = "queues/default"
+_NAMED = "queues/"
 """What the commands call a queue that its user has called 'default', which is not the default one."""
 _PATIENCE_SECONDS = 12.0  # Longer than the ten seconds after which one whose intake was removed hears us again.
 
@@ -69,8 +69,6 @@ def start(
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,
                 cwd="/",
-                # It has to find its modules beside it.
-                env={name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"},
             )
         said = answer.readline()
     process.wait()
@@ -261,7 +259,7 @@ def expect(config_path: Path) -> None:
     :raises OSError: it cannot be looked at.
     """
     if directories.locate(config_path) is None and not config_path.is_dir():
-        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             known = json.loads(files.read(config_path.parent.parent / "config.json"))["profiles"]  # AiiDA's.
             if config_path.name in known:
                 return
@@ -274,12 +272,21 @@ def queues(layout: directories.Layout) -> dict[str, taskqueue.TaskQueue]:
 
 
 def queue_name(layout: directories.Layout, key: str) -> str:
-    """Return a queue's name as its user wrote it; but of one that was called 'default', where it lies."""
+    """Return a queue's name as its user wrote it.
+
+    But after 'queues/' where that would be the default queue's name, or begins so: no two have the same name.
+    """
+    if not key:
+        return "default"
     name = key
     with contextlib.suppress(OSError, files.NotAFile):
-        if key:
-            name = files.read(layout.queue_directory(key) / "name").decode(errors="replace") or key
-    return (OTHER_DEFAULT if name == "default" else name) if key else "default"
+        name = files.read(layout.queue_directory(key) / "name").decode(errors="replace") or key
+    return f"{_NAMED}{name}" if name == "default" or name.startswith(_NAMED) else name
+
+
+def meant(name: str) -> str:
+    """Return which named queue `queue_name` calls so."""
+    return name.removeprefix(_NAMED)
 
 
 def ring(layout: directories.Layout, key: str, name: str) -> None:

@@ -56,6 +56,9 @@ def examine(config_path: str | os.PathLike[str]) -> list[Finding]:
     :raises presence.CoordinatorError: no broker has run there.
     """
     layout = directories.locate(config_path) or control.find(config_path)
+    owner = os.stat(layout.queue).st_uid if layout.queue.exists() else os.geteuid()
+    if owner != os.geteuid():
+        return [Finding(f"{layout.queue} belongs to user {owner}", "run this as that user")]
     found: list[Finding] = []
     for examination in _EXAMINATIONS:
         try:
@@ -67,14 +70,17 @@ def examine(config_path: str | os.PathLike[str]) -> list[Finding]:
 
 def _directories(layout: directories.Layout) -> Iterator[Finding]:
     directories.check(layout)
-    queues = (each.directory for each in control.queues(layout).values())
-    for directory in (layout.config_path, layout.queue, layout.registry, *queues):
+    queues = [each.directory for each in control.queues(layout).values()]
+    states = (queue / state for queue in queues for state in ("claimed", "completed", "failed"))
+    for directory in (layout.config_path, layout.queue, layout.registry, layout.pipes, *queues, *states):
         try:
             status = os.stat(directory)
         except FileNotFoundError:
             continue  # Whoever comes next makes it.
         if status.st_uid != os.geteuid():
             yield Finding(f"{directory} belongs to user {status.st_uid}", f"run 'chown {os.geteuid()} {directory}'")
+        elif not os.access(directory, os.R_OK | os.W_OK | os.X_OK):
+            yield Finding(f"{directory} may not be listed, entered or written", f"run 'chmod 700 {directory}'")
         elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             yield Finding(f"others may write to {directory}", f"run 'chmod go-w {directory}'")
 

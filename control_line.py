@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING or not __package__:
     import control
     import control_log
+    import control_print
     import control_tasks
     import control_words as words
     import directories
-    import files
     import presence
 else:
-    from . import control, control_log, control_tasks, directories, files, presence
+    from . import control, control_log, control_print, control_tasks, directories, presence
     from . import control_words as words
 
 Serve = Callable[[str, Path, int | None], None]
@@ -51,62 +51,33 @@ def main(arguments: list[str] | None, serve: Serve, prog: str) -> int:
     :param serve: what serves in the foreground.
     :param prog: what its user has called, for usage and errors.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            with contextlib.suppress(OSError):
-                stream.reconfigure(errors="backslashreplace")  # A name may have what the terminal has not.
+    control_print.prepare()
     try:
         return _obey(_options(arguments, prog), serve)
     except control.TimedOut as error:
-        return _complain(prog, error, TIMED_OUT)
+        return control_print.complain(prog, error, TIMED_OUT)
     except (RuntimeError, OSError, ValueError) as error:
-        return _complain(prog, error, FAILED)
+        return control_print.complain(prog, error, FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
-
-
-def _complain(prog: str, error: Exception, status: int) -> int:
-    with contextlib.suppress(OSError, AttributeError):  # Somebody has closed it, or nobody has room for it.
-        print(f"{prog}: {words.plain(files.told(error))}", file=sys.stderr)
-    return status
 
 
 def _options(arguments: list[str] | None, prog: str) -> argparse.Namespace:
     parser = _parser(prog)
     blank = argparse.Namespace(profile=None, config_path=None, json=False, prog=prog)
-    printed = io.StringIO()  # What argparse does where its help cannot be printed depends on the Python.
+    # What argparse does where its help or its complaint cannot be printed depends on the Python.
+    printed, complaint = io.StringIO(), io.StringIO()
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
             options = parser.parse_args(arguments, blank)
+            if options.profile is None and options.command not in _WITHOUT_PROFILE:
+                parser.error("the profile is missing: name it by --profile")
+            return options
     except SystemExit:
-        with contextlib.suppress(_SeenEnough):
-            _print(printed.getvalue().rstrip("\n"))
+        control_print.ask(complaint.getvalue())
+        with contextlib.suppress(control_print.SeenEnough):
+            control_print.answer(printed.getvalue())
         raise
-    if options.profile is None and options.command not in _WITHOUT_PROFILE:
-        parser.error("the profile is missing: name it by --profile")
-    return options
-
-
-class _SeenEnough(Exception):
-    """Whoever reads what we print has gone, as `head` does."""
-
-
-def _print(answer: str) -> None:
-    """Print something, and write out what is printed.
-
-    :raises presence.CoordinatorError: that cannot be done.
-    :raises _SeenEnough: nobody reads it any more.
-    """
-    if sys.stdout is None:
-        return
-    try:
-        print(answer, end="\n" if answer else "", flush=True)
-    except OSError as error:
-        # Nor may Python complain of it when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            raise _SeenEnough from None
-        raise presence.CoordinatorError(f"what it has to say cannot be printed: {error.strerror}") from error
 
 
 def _obey(options: argparse.Namespace, serve: Serve) -> int:
@@ -118,23 +89,27 @@ def _obey(options: argparse.Namespace, serve: Serve) -> int:
         return 0
     answer = options.obey(options)
     endless = getattr(options, "watch", False) or getattr(options, "follow", False)
-    seen_enough = False
+    trouble: Exception | None = None
     while True:
         try:
             text, data = next(answer)
         except StopIteration as end:
+            if isinstance(trouble, presence.CoordinatorError):
+                raise trouble from None
             return end.value or 0
         try:
-            if seen_enough:
-                continue  # What was to be done is done, read or not.
+            if trouble is not None:
+                continue  # What was to be done is done, whether or not anybody reads of it.
             if options.json:
-                _print(json.dumps({"version": 1, **data}, default=str))
+                control_print.answer(json.dumps({"version": 1, **data}, default=str))
             else:
-                _print(text if isinstance(text, str) else "\n".join(text))
-        except _SeenEnough:
-            if endless:
+                control_print.answer(text if isinstance(text, str) else "\n".join(map(words.plain, text)))
+        except (control_print.SeenEnough, presence.CoordinatorError) as error:
+            if endless and isinstance(error, control_print.SeenEnough):
                 return 0
-            seen_enough = True
+            if endless:
+                raise
+            trouble = error
 
 
 def _config_path(options: argparse.Namespace) -> Path:
@@ -162,14 +137,15 @@ def _start(options: argparse.Namespace, done: str = "Started") -> Answer:
     pid = control.start(options.profile, options.directory, warnings.append)
     yield f"{done} the coordinator, pid {pid}.", {"pid": pid, "warnings": warnings}
     for warning in warnings:
-        _complain(options.prog, RuntimeError(f"it serves, but {warning}"), 0)
+        control_print.complain(options.prog, RuntimeError(f"it serves, but {warning}"), 0)
     return 0
 
 
 def _stop(options: argparse.Namespace) -> Answer:
     control.expect(options.directory)
     pid = control.stop(options.directory)
-    yield "The coordinator is not running." if pid is None else f"Stopped the coordinator, pid {pid}.", {"pid": pid}
+    text = "The coordinator is not running." if pid is None else f"Stopped the coordinator, pid {pid or '?'}."
+    yield text, {"pid": pid or None}
     return 0
 
 
@@ -226,7 +202,7 @@ def _drain(options: argparse.Namespace) -> Answer:
 def _logs(options: argparse.Namespace) -> Answer:
     if options.follow:
         for line in control_log.follow(options.directory, options.number):
-            yield line, {"lines": [line]}
+            yield [line], {"lines": [line]}
     lines = control_log.last(options.directory, options.number)
     if lines:
         yield lines, {"lines": lines}
@@ -242,14 +218,14 @@ def _tasks(options: argparse.Namespace) -> Answer:
     rows = control_tasks.tasks(options.directory, options.state, options.queue, **only)
     yield words.tasks(rows), {"tasks": rows}
     for problem in problems:
-        _complain(options.prog, problem, FAILED)
+        control_print.complain(options.prog, problem, FAILED)
     return FAILED if problems else 0
 
 
 def _show(options: argparse.Namespace) -> Answer:
     said = control_tasks.show(options.directory, options.task_id)
-    screen = None if options.full else shutil.get_terminal_size().lines - 12
-    yield words.task(said, screen), said
+    size = shutil.get_terminal_size()
+    yield words.task(said, None if options.full else (size.lines - 12, size.columns)), said
     return 0
 
 
@@ -261,7 +237,7 @@ def _each(options: argparse.Namespace, each: Iterable[control_tasks.Done], done:
             number += 1
             yield f"{done} {task_id}.", {done.lower(): task_id}
         else:
-            status = _complain(options.prog, problem, FAILED)
+            status = control_print.complain(options.prog, problem, FAILED)
     if options.command == "purge":
         yield f"{words.count(number, f'{options.state} task')} removed.", {"number": number}
     return status
@@ -334,14 +310,14 @@ def _delete(options: argparse.Namespace) -> Answer:
     counts = control.status(control.find(options.directory).config_path)["tasks"]
     if not options.yes:
         question = f"Delete {options.directory}/coordinator with {words.counts(counts)}? [y/N] "
-        print(question, end="", flush=True, file=sys.stderr)
+        control_print.ask(words.plain(question))
         if sys.stdin is None or sys.stdin.readline().strip().lower() not in ("y", "yes"):
             raise presence.CoordinatorError("nothing was deleted: answer 'y', or give --yes")
     removed, left = _installing().delete(options.directory)
     for path in removed:
-        yield f"Deleted {path}.", {"deleted": str(path)}
+        yield [f"Deleted {path}."], {"deleted": str(path)}
     for path in left:
-        yield f"Left {path}, which is none of the broker's.", {"left": str(path)}
+        yield [f"Left {path}, which is none of the broker's."], {"left": str(path)}
     return 0
 
 

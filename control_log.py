@@ -39,10 +39,11 @@ def follow(config_path: str | os.PathLike[str], number: int) -> Iterator[str]:
     queue = _queue(config_path)
     log = queue / "coordinator.log"
     with contextlib.ExitStack() as stack:
-        descriptor = os.open(log, os.O_RDONLY)
+        newest = _existing(queue)[-1]  # The next one may not be there yet.
+        descriptor = os.open(newest, os.O_RDONLY)
         stack.callback(lambda: os.close(descriptor))
         *lines, rest = b"".join(iter(lambda: os.read(descriptor, 1 << 16), b"")).split(b"\n")
-        older = [path for path in _existing(queue) if path != log]
+        older = [path for path in _existing(queue) if path not in (log, newest)]
         yield from _newest(older, [line.decode(errors="replace") for line in lines], number)
         while True:
             data = os.read(descriptor, 1 << 16)
@@ -78,7 +79,7 @@ def _newest(paths: list[Path], lines: list[str], number: int) -> list[str]:
     for path in reversed(paths):
         if len(lines) < number:
             with contextlib.suppress(FileNotFoundError):  # It has been moved meanwhile.
-                lines = path.read_text(errors="replace").splitlines() + lines
+                lines = path.read_bytes().decode(errors="replace").removesuffix("\n").split("\n") + lines
     return lines[-number:] if number else []
 
 

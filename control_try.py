@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ def send(
     with _communicator(profile_name, config_path) as communicator:
         sender: Any = communicator
         if queue not in (None, "default"):
-            sender = communicator.task_queue("default" if queue == control.OTHER_DEFAULT else str(queue))
+            sender = communicator.task_queue(control.meant(str(queue)))
         future = sender.task_send(body, no_reply=not wait)
         with _in_words("the task was accepted, and its outcome has not come"):
             return _outcome(future, timeout) if wait else None
@@ -77,6 +78,7 @@ def broadcast(
 @contextlib.contextmanager
 def _communicator(profile_name: str, config_path: str | os.PathLike[str]) -> Iterator[PipeCommunicator]:
     control.find(config_path)  # A mistyped profile is not to be made.
+    logging.getLogger().addHandler(logging.NullHandler())  # What goes wrong is raised, and said once.
     with PipeCommunicator(profile_name, config_path) as communicator:
         yield communicator
 

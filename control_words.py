@@ -14,12 +14,14 @@ from typing import Any
 
 _UNITS = (("d", 86400), ("h", 3600), ("min", 60))
 _WIDTH = 30
-_LONGEST = 200
 
 
 def plain(text: object) -> str:
     """Return text with whatever is not printable written out, line ends aside."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in str(text))
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def flat(text: object) -> str:
@@ -53,8 +55,8 @@ def count(number: int, what: str) -> str:
 def status(answer: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of ``status``."""
     if answer["running"]:
-        version = answer["coordinator_version"] or "unknown"
-        yield f"Coordinator: running, pid {answer['pid']}, since {local_time(answer['since'])}, version {version}"
+        version, pid = answer["coordinator_version"] or "unknown", answer["pid"] or "?"
+        yield f"Coordinator: running, pid {pid}, since {local_time(answer['since'])}, version {version}"
     else:
         yield "Coordinator: not running"
     if answer["paused"]:
@@ -67,7 +69,7 @@ def status(answer: dict[str, Any]) -> Iterator[str]:
     counts = answer["tasks"]
     oldest = answer["oldest_waiting_seconds"]
     yield (
-        f"Tasks:       {counts['waiting']} waiting{f' (the oldest for {duration(oldest)})' if oldest else ''}, "
+        f"Tasks:       {counts['waiting']} waiting{f' (the oldest sent {duration(oldest)} ago)' if oldest else ''}, "
         f"{counts['claimed']} claimed, {counts['completed']} completed in the last 24 h "
         f"({answer['done_in_the_last_minute']} in the last minute), {counts['failed']} failed"
     )
@@ -104,7 +106,7 @@ def _other_version(answer: dict[str, Any], worker: dict[str, Any]) -> str:
 
 def bars(answer: dict[str, Any], *, colour: bool) -> Iterator[str]:
     """Yield the lines of ``status --watch`` in a terminal."""
-    state = f"running, pid {answer['pid']}" if answer["running"] else "not running"
+    state = f"running, pid {answer['pid'] or '?'}" if answer["running"] else "not running"
     yield f"{local_time(time.time())}  coordinator {state}{', PAUSED' if answer['paused'] else ''}"
     top = max([1, *(max(queue["waiting"], queue["claimed"]) for queue in answer["queues"])])
     for queue in answer["queues"]:
@@ -152,7 +154,7 @@ def installations(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Yield the lines of ``list``."""
     yield from _table(
         ("profile", "coordinator", "waiting", "claimed", "failed", "directory", "pipes"),
-        [{**row, "coordinator": f"pid {row['pid']}" if row["running"] else "-"} for row in rows],
+        [{**row, "coordinator": f"pid {row['pid'] or '?'}" if row["running"] else "-"} for row in rows],
     )
 
 
@@ -184,10 +186,10 @@ def _table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> Iterator[str
         yield "  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip()
 
 
-def task(answer: dict[str, Any], screen: int | None) -> Iterator[str]:
+def task(answer: dict[str, Any], screen: tuple[int, int] | None) -> Iterator[str]:
     """Yield the lines of ``show``.
 
-    :param screen: how many lines of the body fit; `None`: all.
+    :param screen: how many lines of the body fit, and how many characters a line has; `None`: all.
     """
     yield f"Task:     {answer['id']}"
     yield f"State:    {answer['state']}, since {local_time(answer['since'])}"
@@ -205,16 +207,29 @@ def task(answer: dict[str, Any], screen: int | None) -> Iterator[str]:
     else:
         yield "Body:"
         lines = json.dumps(answer["body"], indent=2, ensure_ascii=False).split("\n")
-        shown = lines if screen is None else [each[:_LONGEST] for each in lines[: max(1, screen)]]
-        yield from map(plain, shown)
-        if shown != lines:
+        shown = lines if screen is None else _cut([plain(line) for line in lines], *screen)
+        yield from shown
+        if len("".join(shown)) < len("".join(lines)):
             yield f"... cut here, of {count(len(lines), 'line')}; all of it with --full"
     if answer["reason"]:
         yield "Reason:"
         yield plain(answer["reason"]).rstrip()
 
 
+def _cut(lines: list[str], rows: int, width: int) -> list[str]:
+    """Return as much as fits, a line at least."""
+    shown, left = list[str](), max(1, rows)
+    for line in lines:
+        if left <= 0:
+            break
+        shown.append(line[: left * width])
+        left -= max(1, -(-len(line) // width))
+    return shown
+
+
 def _sender(answer: dict[str, Any]) -> str:
+    if answer["unreadable"] and not answer["reply_to"]:
+        return "by whom is not known"
     if answer["no_reply"] or not answer["reply_to"]:
         return "by somebody who wants no outcome"
     return f"by {flat(answer['reply_to'])}, which {'lives' if answer['sender_lives'] else 'is gone'}"

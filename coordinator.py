@@ -32,6 +32,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if not __package__ and (_here := os.path.dirname(os.path.abspath(__file__))) not in sys.path:
+    sys.path.insert(0, _here)  # Where PYTHONSAFEPATH keeps a script from its neighbours.
+
 if TYPE_CHECKING or not __package__:
     import bodies
     import burial

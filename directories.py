@@ -131,8 +131,8 @@ def establish(profile_name: str, config_path: str | os.PathLike[str], profile_uu
     :raises ValueError: the profile name is empty, or too long for a file name.
     :raises DirectoryRefused: a directory cannot be made, is not safe to use, or is another profile's.
     """
-    if not profile_name or len(quote(profile_name, safe="")) > _LONGEST_NAME:
-        raise ValueError(f"a profile name has 1 to {_LONGEST_NAME} characters, not {len(profile_name)}")
+    if not profile_name or len(_quoted_profile(profile_name)) > _LONGEST_NAME:
+        raise ValueError(f"{profile_name!r} cannot be a profile's name: it is empty, or too long for a file name")
     config = _real(config_path)
     try:
         for directory in (config / "pipes", config / "coordinator"):
@@ -302,8 +302,12 @@ def _candidates(profile: str, config: Path) -> tuple[Path, Path]:
     import hashlib  # Here, as few need it, and it takes long to load.
 
     digest = hashlib.sha256(f"{os.geteuid()}:".encode() + os.fsencode(config)).hexdigest()[:16]
-    plain = Path(f"/tmp/aiida_{quote(profile, safe='')}_pipes")
+    plain = Path(f"/tmp/aiida_{_quoted_profile(profile)}_pipes")
     return plain, Path(f"{plain}_{digest}")
+
+
+def _quoted_profile(name: str) -> str:
+    return quote(name, safe="", errors="surrogateescape")  # A command line may have what is no UTF-8.
 
 
 def _choose(profile: str, config: Path) -> Path:
@@ -377,8 +381,12 @@ def quoted(name: str) -> str:
     """
     if not name:
         raise ValueError("a name must have at least one character")
+    try:
+        text = quote(name, safe="")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name!r} cannot be a name: UTF-8 has not all of it") from None
     # Capitals are quoted too, as some file systems take 'A' for 'a'.
-    text = re.sub("%..|([A-Z])", lambda m: f"%{ord(m[1]):x}" if m[1] else m[0].lower(), quote(name, safe=""))
+    text = re.sub("%..|([A-Z])", lambda m: f"%{ord(m[1]):x}" if m[1] else m[0].lower(), text)
     if text.startswith("."):
         text = "%2e" + text[1:]
     # '=' is never left unquoted, so a digest is never the quoted form of another name.

@@ -280,7 +280,9 @@ def workers(layout: Layout) -> Iterator[Worker]:
 
 
 def coordinator(layout: Layout) -> dict[str, Any] | None:
-    """Return what the running coordinator says of itself (``coordinator.json``); `None` if none is running.
+    """Return what the running coordinator says of itself (``coordinator.json``), its pid, `None` if it does not say.
+
+    `None` if none is running.
 
     :raises OSError: the kernel did not say.
     """
@@ -291,7 +293,7 @@ def coordinator(layout: Layout) -> dict[str, Any] | None:
         said = json.loads(files.read(layout.registry / "coordinator.json"))
         if isinstance(said, dict) and said.get("pid") == pid:
             return said
-    return {"pid": pid}
+    return {"pid": pid or None}
 
 
 # Routes

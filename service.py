@@ -36,6 +36,13 @@ else:
 _LOGGER = logging.getLogger("coordinator")
 
 
+_MEANINGLESS = (
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO),
+    *(getattr(signal, name) for name in ("SIGPWR", "SIGSTKFLT") if hasattr(signal, name)),
+)
+"""What would end us by default (signal(7)), and nobody sends in earnest."""
+
+
 class Log(logging.handlers.RotatingFileHandler):
     """The coordinator's log: ``coordinator.log`` and the three before it, of 1 MB each."""
 
@@ -149,8 +156,7 @@ def answer_signals(log: Log, call: Callable[[Callable[[], object]], None], stop:
         (signal.SIGINT, stop),
         (signal.SIGQUIT, stop),
         (signal.SIGHUP, stop if has_terminal else reopen),
-        (signal.SIGUSR1, pass_over),
-        (signal.SIGUSR2, pass_over),
+        *((each, pass_over) for each in _MEANINGLESS),
     ):
         if (
             signal.getsignal(number) is not signal.SIG_IGN

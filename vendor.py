@@ -50,6 +50,7 @@ MODULES = (
     "control.py",
     "control_tasks.py",
     "control_log.py",
+    "control_print.py",
     "control_install.py",
     "control_doctor.py",
     "control_try.py",

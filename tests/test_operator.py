@@ -408,9 +408,9 @@ def test_a_queue_that_its_user_has_called_default_is_another_one(served: Broker)
     sender = served.communicator()
     sender.task_send("default one", no_reply=True)
     sender.task_queue("default").task_send("other one", no_reply=True)
-    served.run("send", "3", "--queue", control.OTHER_DEFAULT)
-    assert [row["queue"] for row in served.tasks()] == ["default", control.OTHER_DEFAULT, control.OTHER_DEFAULT]
-    assert "2 waiting tasks removed" in served.run("purge", "--state", "waiting", "--queue", control.OTHER_DEFAULT)
+    served.run("send", "3", "--queue", "queues/default")
+    assert [row["queue"] for row in served.tasks()] == ["default", "queues/default", "queues/default"]
+    assert "2 waiting tasks removed" in served.run("purge", "--state", "waiting", "--queue", "queues/default")
     assert [row["queue"] for row in served.tasks()] == ["default"]
     assert "there is no queue typo; there are default, queues/default" in served.run(
         "tasks", "--queue", "typo", status=1
@@ -521,7 +521,7 @@ def test_status_says_who_is_missing(served: Broker) -> None:
         sender.task_queue("lonely").task_send("waits", no_reply=True)
     said = served.run("status")
     assert "2 tasks wait in queue lonely, and nobody subscribes to it." in said
-    assert f"version {directories.VERSION}" in said and "format 1" in said and "the oldest for" in said
+    assert f"version {directories.VERSION}" in said and "format 1" in said and "the oldest sent" in said
 
 
 def test_status_is_watched_in_a_pipe_and_in_a_terminal(served: Broker) -> None:
