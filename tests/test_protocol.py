@@ -14,6 +14,7 @@ import os
 import re
 import select
 import stat
+import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ import pytest
 
 import directories
 from harness import ECHO, HERE, HOLDER, RECORDER, TIMEOUT, WORKER, Broker, eventually, recorded
+
+sys.path.append(str(HERE / "tools"))
+import draw
 
 PROTOCOL = (HERE / "PROTOCOL.md").read_text()
 checks = pytest.mark.protocol
@@ -937,3 +941,125 @@ def test_the_frame_of_the_text_is_one() -> None:
     _, block = PROTOCOL.split("## 2. Frames")[1].split("```")[:2]
     data, text = block.strip().split("\n")
     assert bytes.fromhex(data) == len(text.split(None, 1)[1]).to_bytes(4, "big") + text.split(None, 1)[1].encode()
+
+
+# The drawings
+
+RECORDS = """
+import re, burial, control_tasks, directories, taskqueue
+queue = os.path.join(config_path, "coordinator") + "/"
+def state(path):
+    path = os.fspath(path)
+    if not path.startswith(queue):
+        return None
+    path = path.removeprefix(queue)
+    found = re.fullmatch(r"(?:queues/[^/]+/)?(?:(claimed|completed|failed)/(?:[^/]+/)?)?task_[^/]*[.]json", path)
+    return found and (found[1] or "waiting")
+moves = []
+def hook(event, arguments):
+    if event == "os.rename":
+        moves.append((state(arguments[0]) or "", state(arguments[1]) or ""))
+    elif event == "os.remove":
+        moves.append((state(arguments[0]) or "", ""))
+sys.addaudithook(hook)
+"""
+
+LIVES = (
+    RECORDS
+    + """
+with communicator() as made:
+    pulled = made.task_queue("kiwipy.tasks")
+    pulled.task_send("done", no_reply=True)
+    with pulled.next_task() as task, task.processing() as outcome:
+        outcome.set_result(None)
+    pulled.task_send("given back", no_reply=True)
+    with pulled.next_task():
+        pass
+    here = taskqueue.TaskQueue(directories.locate(config_path).queue)
+    with open(here.file("0"), "w") as file:
+        file.write("no task")
+    with pulled.next_task():
+        pass
+    fsync, os.fsync = os.fsync, lambda descriptor: (_ for _ in ()).throw(OSError())
+    try:
+        pulled.task_send("could not be sent", no_reply=True)
+    except OSError:
+        pass
+    os.fsync = fsync
+os.makedirs(queue + "claimed/dead")
+open(queue + "claimed/dead/lock", "w").close()
+for name in ("1.19", "2"):
+    with open(here.file(name, "claimed/dead"), "w") as file:
+        file.write('{"body": 1}')
+burial.clean_up(directories.locate(config_path))
+for state_ in ("failed", "completed"):
+    name = next(here.names(state_))
+    list(control_tasks.requeue(config_path, [name.split(".")[0]]))
+for name in [*here.names(), *here.names("failed")]:
+    list(control_tasks.remove(config_path, [name.split(".")[0]]))
+with communicator() as made, made.task_queue("kiwipy.tasks").next_task(fail=False) as none:
+    made.task_queue("kiwipy.tasks").task_send("old", no_reply=True)
+    with made.task_queue("kiwipy.tasks").next_task() as task, task.processing() as outcome:
+        outcome.set_result(None)
+taskqueue.COMPLETED_KEPT = 0
+list(here.sweep())
+sys.stdout.write(json.dumps(sorted({move for move in moves if any(move)})) + "\\n")
+"""
+)
+
+COMES_AND_GOES = """
+import directories, taskqueue
+events = []
+def name(path):
+    path = os.fspath(path)
+    kind = os.path.basename(path).split("_")[0]
+    if path.startswith(str(layout.pipes)) and not kind.startswith("."):
+        return {"reply": "reply pipe", "task": "other pipes", "rpc": "other pipes"}.get(kind)
+    if path == str(layout.lock("w1")):
+        return "lock"
+    if path == str(layout.entry("w1")):
+        return "entry"
+    return "tasks" if os.path.dirname(path) == str(layout.queue) and kind == "task" else None
+def hook(event, arguments):
+    if event in ("os.rename", "os.link"):
+        events.append(name(arguments[1]))
+    elif event == "os.remove":
+        events.append(name(arguments[0]))
+layout = directories.establish(profile, config_path)
+write = os.write
+def writes(descriptor, data):
+    if b'"register"' in data:
+        events.append("register")
+    return write(descriptor, data)
+os.write = writes
+sys.addaudithook(hook)
+made = communicator("w1")
+made.add_task_subscriber(lambda *_: kiwipy.Future())
+made.add_rpc_subscriber(lambda *_: None, "r")
+came = [event for event in events if event]
+made.task_send("held", no_reply=True)
+end = time.monotonic() + 30
+while not os.path.exists(layout.lock("w1").parent) or len(os.listdir(layout.lock("w1").parent)) < 2:
+    assert time.monotonic() < end
+    time.sleep(0.01)
+events.clear()
+made.close()
+sys.stdout.write(json.dumps([came, [event for event in events if event]]) + "\\n")
+"""
+
+
+def test_the_drawings_are_those_of_the_tables() -> None:
+    for picture in (draw.task, draw.worker):
+        assert (HERE / "drawings" / f"{picture.__name__}.svg").read_text() == picture()
+
+
+def test_a_tasks_file_moves_as_it_is_drawn(broker: Broker) -> None:
+    moves = json.loads(broker.spawn("import json\n" + LIVES).line())
+    assert {tuple(move) for move in moves} == set(draw.TASK)
+
+
+def test_a_worker_comes_and_goes_as_it_is_drawn(served: Broker) -> None:
+    came, went = json.loads(served.spawn("import json\n" + COMES_AND_GOES).line())
+    # What it subscribes to later is one more pipe, and the entry is written anew.
+    assert list(dict.fromkeys(came)) == [name for name, _, _ in draw.COMING]
+    assert list(dict.fromkeys(went)) == [name for name, _, _ in draw.GOING]

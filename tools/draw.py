@@ -30,23 +30,25 @@ TASK = {
 """What a move from one state to another means, and how far its arrow is bent. Each is one rename(2); from '', where
 there is no such file, it is that of a draft, and to '' an unlink(2)."""
 COMING = [
-    ("lock", "QUEUE/claimed/{id}/lock", "its life begins"),
     ("reply pipe", "PIPES/reply_{pid}_{hex}", "whose death will tell of its own"),
+    ("lock", "QUEUE/claimed/{id}/lock", "its life begins"),
     ("other pipes", "PIPES/task_{id}, rpc_{id} …", "where it is rung and called"),
     ("entry", "REGISTRY/worker_{id}.json", "what it subscribes to"),
-    ("“register”", "to coordinator_tasks", "read my entry"),
+    ("register", "to coordinator_tasks", "read my entry"),
 ]
 """What a worker makes, in this order; where, and what it is for."""
 GOING = [
     ("entry", "REGISTRY/worker_{id}.json", "nobody finds it any more"),
+    ("register", "to coordinator_tasks", "it is not there any more"),
     ("tasks", "QUEUE/", "given back, without a death"),
-    ("pipes", "PIPES/", "what lies in them has been read"),
+    ("other pipes", "PIPES/task_{id}, rpc_{id} …", "what lies in them has been read"),
     ("lock", "QUEUE/claimed/{id}/lock", "its life is over"),
+    ("reply pipe", "PIPES/reply_{pid}_{hex}", "its last way to hear"),
 ]
 """What it takes away where it goes in an orderly way, in this order. Who buries it where it is dead does the same, but
 counts a death for each task, and takes away the entry after them."""
 
-_WIDTH, _HEIGHT = 176, 46
+_WIDTH, _HEIGHT = 168, 46
 _STATES = {"waiting": (250, 190), "claimed": (560, 190), "completed": (870, 100), "failed": (870, 280)}
 _WHERE = {"waiting": "", "claimed": "claimed/{worker}/", "completed": "completed/", "failed": "failed/"}
 _BEGIN = (60, 190)
@@ -121,13 +123,13 @@ def worker() -> str:
     parts: list[str] = []
     for row, (title, steps) in enumerate((("comes", COMING), ("goes", GOING))):
         y = 60 + 110 * row
-        middles = [(180.0 + 225 * column, float(y)) for column in range(len(steps))]
+        middles = [(170.0 + 196 * column, float(y)) for column in range(len(steps))]
         parts.append(_text(40, y + 4, title, 14))
         for (x, _), (name, where, why) in zip(middles, steps, strict=True):
             parts += [*_box(x, y, name, where), _text(x, y + 40, why, 11, "#555")]
         for start, end in pairwise(middles):
             parts += _arrow(start, end, "", 0)
-    return _picture(1180, 230, parts)
+    return _picture(1250, 230, parts)
 
 
 if __name__ == "__main__":
