@@ -1,0 +1,381 @@
+/* What every process of the broker does, in C with nothing but libc: a second description of PROTOCOL.md, whose numbers
+ * stand beside what they ask for. Each program here includes it, and adds its own part.
+ *
+ * Rules:
+ * - What cannot be done ends the program with a sentence (`die`), and the kernel lets go of all that it held: whoever
+ *   buries it gives its tasks back. A program that is to go on catches what it can where it calls.
+ * - A `char *` that is returned is the caller's to free. These programs are short, and say where they do not.
+ */
+#ifndef NAMEDPIPE_H
+#define NAMEDPIPE_H
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+static char *pipes, *registry, *queue; /* where PIPES, REGISTRY and QUEUE are */
+static char *reply;                    /* the name of our reply pipe */
+static char *worker_id;
+
+struct reader { /* a FIFO of ours, and what has come and is no whole frame yet */
+    char name[128];
+    int descriptor;
+    size_t length;
+    unsigned char bytes[1 << 17];
+};
+
+static void die(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    vfprintf(stderr, format, arguments);
+    va_end(arguments);
+    fprintf(stderr, "\n");
+    exit(1);
+}
+
+static char *text_of(const char *format, ...) /* as asprintf */
+{
+    va_list arguments;
+    char *text;
+    va_start(arguments, format);
+    if (vasprintf(&text, format, arguments) < 0)
+        die("out of memory");
+    va_end(arguments);
+    return text;
+}
+
+static void new_hex(char hex[33]) /* {hex} */
+{
+    unsigned char bytes[16];
+    int random = open("/dev/urandom", O_RDONLY);
+    if (random < 0 || read(random, bytes, 16) != 16)
+        die("/dev/urandom: %s", strerror(errno));
+    close(random);
+    for (int i = 0; i < 16; i++)
+        sprintf(hex + 2 * i, "%02x", bytes[i]);
+}
+
+static long long now(void) /* in nanoseconds since the epoch */
+{
+    struct timespec time;
+    clock_gettime(CLOCK_REALTIME, &time);
+    return time.tv_sec * 1000000000LL + time.tv_nsec;
+}
+
+/* JSON, as far as a frame needs it: where the value of a field begins and ends, and texts. */
+
+static const char *skip_value(const char *at) /* at the value; to what follows it. NULL: it is cut off */
+{
+    int depth = 0;
+    do {
+        if (*at == '"') {
+            for (at++; *at && *at != '"'; at++)
+                if (*at == '\\' && at[1])
+                    at++;
+            if (!*at)
+                return NULL;
+            at++;
+        } else if (*at == '{' || *at == '[') {
+            depth++, at++;
+        } else if (*at == '}' || *at == ']') {
+            depth--, at++;
+        } else if (!*at) {
+            return NULL;
+        } else if (depth || strchr(" \t\r\n", *at)) {
+            at++;
+        } else {
+            at += strcspn(at, ",]} \t\r\n");
+        }
+    } while (depth > 0);
+    return at;
+}
+
+static char *field(const char *object, const char *key) /* the JSON of a field, NULL if it is missing (F4) */
+{
+    const char *at = strchr(object, '{');
+    while (at && *(at += 1 + strspn(at + 1, " \t\r\n,")) == '"') {
+        const char *name = at + 1, *end = skip_value(at);
+        if (!end || !(at = strchr(end, ':')))
+            return NULL;
+        at += 1 + strspn(at + 1, " \t\r\n");
+        const char *after = skip_value(at);
+        if (!after)
+            return NULL;
+        if (strlen(key) == (size_t)(end - 1 - name) && !strncmp(name, key, strlen(key)))
+            return strndup(at, after - at);
+        at = after - 1;
+    }
+    return NULL;
+}
+
+static char *utf8(char *to, unsigned long code)
+{
+    if (code < 0x80)
+        return *to++ = code, to;
+    int more = code < 0x800 ? 1 : code < 0x10000 ? 2 : 3;
+    *to++ = (0xFF00 >> (more + 1) & 0xFF) | code >> 6 * more;
+    while (more--)
+        *to++ = 0x80 | (code >> 6 * more & 0x3F);
+    return to;
+}
+
+static char *plain(char *json) /* what a JSON text says, in UTF-8; NULL if it is none. Frees it */
+{
+    const char *plainly = "\"\\/bfnrt", *meant = "\"\\/\b\f\n\r\t", *found, *at = json;
+    char *text = json && *json == '"' ? malloc(strlen(json) + 1) : NULL, *to = text;
+    while (text && *++at != '"') {
+        unsigned code, low = 0;
+        if (*at != '\\') {
+            *to++ = *at;
+        } else if (*++at == 'u' && sscanf(at + 1, "%4x", &code) == 1) {
+            at += 4;
+            if (code >> 10 == 0x36 && sscanf(at + 1, "\\u%4x", &low) == 1) { /* the first half of a pair */
+                at += 6;
+                code = 0x10000 + ((code & 0x3FF) << 10) + (low & 0x3FF);
+            }
+            to = utf8(to, code);
+        } else if (*at && (found = strchr(plainly, *at))) {
+            *to++ = meant[found - plainly];
+        } else {
+            free(text), text = NULL;
+        }
+    }
+    if (text)
+        *to = 0;
+    free(json);
+    return text;
+}
+
+/* Files */
+
+static void write_file(const char *path, const char *text, int durable) /* T2 without the name */
+{
+    int file = open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, 0600); /* D6 */
+    size_t length = strlen(text);
+    for (size_t done = 0; file >= 0 && done < length;) {
+        ssize_t wrote = write(file, text + done, length - done);
+        if (wrote < 0)
+            die("%s: %s", path, strerror(errno));
+        done += wrote;
+    }
+    if (file < 0 || (durable && fsync(file)) || close(file))
+        die("%s: %s", path, strerror(errno));
+}
+
+static void put(const char *directory, const char *name, const char *text) /* a file appears when it is whole (D4) */
+{
+    char hex[33];
+    new_hex(hex);
+    char *draft = text_of("%s/.%s.%s", directory, name, hex), *path = text_of("%s/%s", directory, name);
+    write_file(draft, text, 0);
+    if (rename(draft, path))
+        die("%s: %s", path, strerror(errno));
+    free(draft), free(path);
+}
+
+static char *read_file(const char *path) /* NULL: it cannot be read */
+{
+    struct stat status;
+    int file = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK);
+    char *text = NULL;
+    if (file >= 0 && !fstat(file, &status) && S_ISREG(status.st_mode) && (text = calloc(1, status.st_size + 1)))
+        for (off_t done = 0; done < status.st_size;) {
+            ssize_t got = read(file, text + done, status.st_size - done);
+            if (got <= 0)
+                break;
+            done += got;
+        }
+    if (file >= 0)
+        close(file);
+    return text;
+}
+
+static void find_directories(const char *config)
+{
+    char target[PATH_MAX] = "", owner[PATH_MAX] = "", hex[33], *real = realpath(config, NULL);
+    struct stat status;
+    signal(SIGPIPE, SIG_IGN); /* P5 */
+    if (!real)
+        die("%s: %s", config, strerror(errno));
+    registry = text_of("%s/pipes", real);
+    queue = text_of("%s/coordinator", real);
+    char *link = text_of("%s/directory", registry);
+    if (readlink(link, target, sizeof target - 1) < 0) /* D1 */
+        die("no broker has run in %s: start its coordinator", real);
+    pipes = text_of("%s", target);
+    char *mark = text_of("%s/.config", pipes), *path = text_of("%s/format", queue);
+    if (lstat(pipes, &status) || !S_ISDIR(status.st_mode) || status.st_uid != geteuid() || status.st_mode & 077 ||
+        readlink(mark, owner, sizeof owner - 1) < 0 || strcmp(owner, real)) /* D2 */
+        die("%s is not for %s", pipes, real);
+    char *said = read_file(path), *format = said ? field(said, "format") : NULL;
+    if (!format || strcmp(format, "1")) /* D7 */
+        die("%s has format %s, and this program knows 1", queue, format ? format : "?");
+    free(real), free(link), free(mark), free(path), free(said), free(format);
+    new_hex(hex);
+    reply = text_of("reply_%d_%s", (int)getpid(), hex);       /* P2 */
+    worker_id = text_of("c-%d-%.12s", (int)getpid(), hex); /* L3: nobody has used it */
+}
+
+/* Pipes */
+
+static void read_from(struct reader *reader, const char *name)
+{
+    char hex[33];
+    new_hex(hex);
+    char *draft = text_of("%s/.%s.%s", pipes, name, hex), *path = text_of("%s/%s", pipes, name);
+    snprintf(reader->name, sizeof reader->name, "%s", name);
+    reader->length = 0;
+    if (mkfifo(draft, 0600) || (reader->descriptor = open(draft, O_RDONLY | O_NONBLOCK | O_CLOEXEC)) < 0 ||
+        open(draft, O_WRONLY | O_NONBLOCK | O_CLOEXEC) < 0 /* P4: to our end */ || rename(draft, path)) /* P3 */
+        die("%s: %s", path, strerror(errno));
+    free(draft), free(path);
+}
+
+static int tell(const char *name, const char *text) /* write a message into a pipe; 0, or what errno says */
+{
+    char hex[33], *body = NULL, *check = NULL;
+    size_t length = strlen(text);
+    unsigned char frame[PIPE_BUF];
+    struct stat status;
+    char *path = text_of("%s/%s", pipes, name);
+    int pipe = open(path, O_WRONLY | O_NONBLOCK | O_NOFOLLOW | O_CLOEXEC), problem = pipe < 0 ? errno : 0;
+    free(path);
+    if (problem)
+        return problem;
+    if (fstat(pipe, &status) || !S_ISFIFO(status.st_mode) || status.st_uid != geteuid()) /* P5 */
+        return close(pipe), ENXIO;
+    if (length + 4 > sizeof frame) { /* M1 */
+        new_hex(hex);
+        body = text_of("body_%s.%s", name, hex);
+        put(pipes, body, text);
+        text = check = text_of("{\"body_file\":\"%s\"}", body);
+        length = strlen(text);
+    }
+    for (int i = 0; i < 4; i++)
+        frame[i] = length >> (24 - 8 * i);
+    memcpy(frame + 4, text, length);
+    if (write(pipe, frame, length + 4) < 0) { /* F1: all or nothing */
+        problem = errno;
+        if (body) {
+            path = text_of("%s/%s", pipes, body);
+            unlink(path);
+            free(path);
+        }
+    }
+    close(pipe);
+    free(body), free(check);
+    return problem;
+}
+
+static char *unpack(struct reader *reader, char *text) /* M2, M3 */
+{
+    char *name = plain(field(text, "body_file"));
+    char *ours = text_of("body_%s.", reader->name);
+    if (!name)
+        return free(ours), text;
+    char *path = text_of("%s/%s", pipes, name), *message = NULL;
+    if (!strncmp(name, ours, strlen(ours)) && !strchr(name, '/') && (message = read_file(path)))
+        unlink(path);
+    free(text), free(name), free(ours), free(path);
+    return message;
+}
+
+static char *next(struct reader *reader, int milliseconds) /* the next message; NULL if none comes in time */
+{
+    for (;;) {
+        while (reader->length >= 6) {
+            unsigned char *b = reader->bytes;
+            size_t length = (size_t)b[0] << 24 | b[1] << 16 | b[2] << 8 | b[3], used = length + 4;
+            int is_frame = length >= 2 && used <= PIPE_BUF && b[4] == '{'; /* F1, F2 */
+            if (is_frame && used > reader->length)
+                break;
+            char *text = is_frame && !memchr(b + 4, 0, length) ? strndup((char *)b + 4, length) : NULL;
+            if (!text) { /* F3: to the next zero byte */
+                unsigned char *zero = memchr(b + 1, 0, reader->length - 1);
+                used = zero ? (size_t)(zero - b) : reader->length;
+            }
+            memmove(b, b + used, reader->length -= used);
+            if (text && (text = unpack(reader, text)))
+                return text;
+        }
+        struct pollfd ready = {reader->descriptor, POLLIN, 0};
+        if (poll(&ready, 1, milliseconds) <= 0)
+            return NULL;
+        ssize_t got = read(reader->descriptor, reader->bytes + reader->length, sizeof reader->bytes - reader->length);
+        if (got > 0)
+            reader->length += got;
+    }
+}
+
+/* A worker's life */
+
+static void lock_id(void) /* L1, L2 */
+{
+    char hex[33];
+    new_hex(hex);
+    char *home = text_of("%s/claimed/%s", queue, worker_id), *lock = text_of("%s/lock", home);
+    char *draft = text_of("%s/claimed/.%s.%s", queue, worker_id, hex);
+    int file = -1;
+    if (mkdir(home, 0700) || (file = open(draft, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600)) < 0 ||
+        flock(file, LOCK_EX | LOCK_NB) || link(draft, lock))
+        die("%s: %s", lock, strerror(errno));
+    unlink(draft); /* the descriptor stays open: its end is our death */
+    free(home), free(lock), free(draft);
+}
+
+static void come(const char *subscriptions) /* L4, once the lock is held and the pipes are read; fields that begin with ',' */
+{
+    char *name = text_of("worker_%s.json", worker_id);
+    char *entry = text_of("{\"worker_id\":\"%s\",\"pid\":%d,\"since\":%lld,\"reply\":\"%s\"%s}", worker_id, (int)getpid(),
+                          now() / 1000000000, reply, subscriptions);
+    char *frame = text_of("{\"type\":\"register\",\"worker\":\"%s\"}", worker_id);
+    put(registry, name, entry);
+    tell("coordinator_tasks", frame); /* P6 */
+    free(name), free(entry), free(frame);
+}
+
+static void leave(const char *pipe) /* L6: so that nobody has to bury us */
+{
+    char *left[] = {
+        text_of("%s/worker_%s.json", registry, worker_id),
+        text_of("%s/%s", pipes, pipe),
+        text_of("%s/claimed/%s/lock", queue, worker_id),
+        text_of("%s/%s", pipes, reply),
+    };
+    char *home = text_of("%s/claimed/%s", queue, worker_id);
+    for (size_t i = 0; i < sizeof left / sizeof *left; i++)
+        unlink(left[i]), free(left[i]);
+    rmdir(home), free(home);
+}
+
+static void answer(const char *message, const char *kind, const char *value) /* A1 */
+{
+    char *to = plain(field(message, "reply_to")), *id = field(message, "correlation_id"), hex[33];
+    char *no_reply = field(message, "no_reply");
+    if (to && id && !strncmp(to, "reply_", 6) && !strchr(to, '/') && !(no_reply && !strcmp(no_reply, "true"))) {
+        char *text = text_of("{\"%s\":%s,\"correlation_id\":%s}", kind, value, id);
+        int problem = tell(to, text);
+        if (problem && problem != ENXIO && problem != EPIPE) { /* A3: full, or its name is gone: on the disk */
+            new_hex(hex);
+            char *body = text_of("body_%s.%s", to, hex);
+            put(pipes, body, text);
+            free(body);
+        }
+        free(text);
+    }
+    free(to), free(id), free(no_reply);
+}
+
+#endif

@@ -1,0 +1,115 @@
+/* A worker: does the tasks of the default queue, each with its own body as its result.
+ *
+ *     worker CONFIG [SECONDS]
+ *
+ * CONFIG is the profile's directory; a task takes SECONDS. It prints how each body begins, and ends by SIGTERM or SIGINT when nothing
+ * is in its hands.
+ */
+#include "namedpipe.h"
+
+static volatile sig_atomic_t over;
+
+static void end(int number)
+{
+    (void)number;
+    over = 1;
+}
+
+static int is_paused(void) /* W3 */
+{
+    struct stat status;
+    char *mark = text_of("%s/paused", queue);
+    int found = !lstat(mark, &status);
+    free(mark);
+    return found;
+}
+
+static const char *work(const char *name, int seconds) /* what the report says of it */
+{
+    char *waiting = text_of("%s/task_%s.json", queue, name), *message = NULL, *body = NULL;
+    char *ours = text_of("%s/claimed/%s/task_%s.json", queue, worker_id, name);
+    char *failed = text_of("%s/failed/task_%s.json", queue, name);
+    char *completed = text_of("%s/completed/task_%s.json", queue, name);
+    const char *became = "lost";
+    if (is_paused() || rename(waiting, ours)) { /* W2: somebody else has it */
+        goto done;
+    }
+    if (is_paused()) {
+        rename(ours, waiting); /* W6 */
+        became = "returned";
+        goto done;
+    }
+    became = "done";
+    message = read_file(ours);
+    if (!message || !(body = field(message, "body"))) { /* W4 */
+        if (message)
+            answer(message, "exception", "\"it is not a task: it has no body\"");
+        rename(ours, failed);
+        goto done;
+    }
+    sleep(seconds);
+    printf("%.60s\n", body);
+    fflush(stdout);
+    answer(message, "result", body); /* W5: its outcome first */
+    if (rename(ours, completed))
+        die("%s: %s", completed, strerror(errno));
+done:
+    free(waiting), free(ours), free(failed), free(completed), free(message), free(body);
+    return became;
+}
+
+static void report(const char *became, const char *name) /* R3, R4 */
+{
+    char *text = text_of("{\"type\":\"report\",\"worker\":\"%s\",\"reply\":\"%s\",\"queue\":\"\",\"%s\":[\"%s\"]}", worker_id,
+                         reply, became, name);
+    tell("coordinator_tasks", text);
+    free(text);
+}
+
+static int is_safe(const char *name) /* what comes in a message and is to be part of a path */
+{
+    return *name && strspn(name, "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz.-") == strlen(name);
+}
+
+static void rung(const char *names, int seconds) /* ["name", ...] */
+{
+    for (const char *at = names + 1; (at = strchr(at, '"'));) {
+        const char *after = skip_value(at);
+        char *name = after ? plain(strndup(at, after - at)) : NULL;
+        if (!name)
+            return;
+        if (is_safe(name))
+            report(work(name, seconds), name);
+        free(name);
+        at = after;
+    }
+}
+
+int main(int count, char **arguments)
+{
+    static struct reader rings, answers;
+    char name[128];
+    if (count < 2)
+        die("usage: worker CONFIG [SECONDS]");
+    int seconds = count > 2 ? atoi(arguments[2]) : 0;
+    struct sigaction action = {.sa_handler = end};
+    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGINT, &action, NULL);
+    find_directories(arguments[1]);
+    lock_id();
+    sprintf(name, "task_%s", worker_id);
+    read_from(&answers, reply);
+    read_from(&rings, name);
+    come(",\"queues\":{\"\":1}"); /* one at a time */
+    printf("ready\n");
+    fflush(stdout);
+    while (!over) {
+        char *message = next(&rings, -1); /* it ends when a signal comes */
+        char *names = message ? field(message, "names") : NULL;
+        if (names && *names == '[')
+            rung(names, seconds);
+        free(message), free(names);
+    }
+    leave(name);
+    return 0;
+}

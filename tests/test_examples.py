@@ -1,0 +1,288 @@
+"""The programs in ``examples/``: each runs as it is written, and those in C and in shell do so beside Python's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import control
+import directories
+from harness import ECHO, HERE, TIMEOUT, Broker, Child, eventually
+
+EXAMPLES = HERE / "examples"
+
+
+class Program(Child):
+    """A program whose lines can be waited for."""
+
+    def __init__(self, *command: object, home: Path | None = None) -> None:
+        environment = {**os.environ, **({"HOME": str(home)} if home is not None else {})}
+        self.process = subprocess.Popen(
+            list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=HERE, env=environment
+        )
+        self.pid = self.process.pid
+        self._rest = b""
+
+    def rest(self) -> str:
+        """Return the lines that were not waited for, at its end."""
+        out, _ = self.process.communicate(timeout=TIMEOUT)
+        return (self._rest + out).decode()
+
+
+@pytest.fixture
+def programs() -> Iterator[list[Program]]:
+    """Those that are ended, whatever comes of the test."""
+    made: list[Program] = []
+    yield made
+    for program in made:
+        program.process.kill()
+        program.process.wait()
+        assert program.process.stdout is not None
+        program.process.stdout.close()
+
+
+# Python
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Iterator[Path]:
+    """A user with the profile that the examples name, and its coordinator."""
+    config = tmp_path / ".aiida" / "profiles" / "my_profile"
+    control.start("my_profile", config)
+    try:
+        yield tmp_path
+    finally:
+        control.stop(config)
+        layout = directories.locate(config)
+        assert layout is not None
+        directories.remove_pipes(layout.pipes)
+
+
+def example(home: Path, programs: list[Program], name: str, first: str = "") -> tuple[Program, str]:
+    """Begin an example, and wait for its first line; return what it is to print after that."""
+    program = Program(sys.executable, "-m", f"examples.{name}", home=home)
+    programs.append(program)
+    expected = (EXAMPLES / f"{name}.out").read_text()
+    if first:
+        assert program.line() == first
+        expected = expected.removeprefix(f"{first}\n")
+    return program, expected
+
+
+def ends_as_expected(program: Program, expected: str) -> None:
+    assert program.rest() == expected and program.process.returncode == 0
+
+
+def test_every_example_is_run_here_and_says_what_it_prints() -> None:
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert names == {path.stem for path in EXAMPLES.glob("*.out")}
+    here = Path(__file__).read_text()
+    assert all(f'"{name}"' in here for name in names)
+    assert all(f"`{name}.py`" in (EXAMPLES / "README.md").read_text() for name in names)
+
+
+def test_worker_and_sender(home: Path, programs: list[Program]) -> None:
+    worker, done = example(home, programs, "worker", "Waiting for tasks")
+    ends_as_expected(*example(home, programs, "sender"))
+    worker.process.send_signal(signal.SIGINT)
+    ends_as_expected(worker, done)
+
+
+def test_awaiting(home: Path, programs: list[Program]) -> None:
+    worker, _ = example(home, programs, "worker", "Waiting for tasks")
+    ends_as_expected(*example(home, programs, "awaiting"))
+    worker.process.send_signal(signal.SIGINT)
+    assert "Received task: 2" in worker.rest()
+
+
+def test_draining_worker(home: Path, programs: list[Program]) -> None:
+    worker, done = example(home, programs, "draining_worker", "Waiting for tasks")
+    sender, _ = example(home, programs, "sender")
+    began = worker.line()
+    worker.process.send_signal(signal.SIGTERM)
+    ends_as_expected(worker, done.removeprefix(f"{began}\n"))
+    assert sender.rest() == "Task result: {'command': 'process', 'data': 123}\n"
+
+
+def test_named_queue(home: Path, programs: list[Program]) -> None:
+    ends_as_expected(*example(home, programs, "named_queue"))
+
+
+def test_rpc(home: Path, programs: list[Program]) -> None:
+    server, served = example(home, programs, "rpc_server", "Serving")
+    ends_as_expected(*example(home, programs, "rpc_client"))
+    ends_as_expected(server, served)
+
+
+def test_broadcasts(home: Path, programs: list[Program]) -> None:
+    listener, heard = example(home, programs, "listener", "Listening")
+    ends_as_expected(*example(home, programs, "broadcaster"))
+    ends_as_expected(listener, heard)
+
+
+# C
+
+COMPILER = shutil.which("cc")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler here")
+
+
+@pytest.fixture(scope="session")
+def binaries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs in C, compiled."""
+    made = tmp_path_factory.mktemp("c")
+    for source in (EXAMPLES / "c").glob("*.c"):
+        flags = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function"]
+        subprocess.run([str(COMPILER), *flags, "-o", made / source.stem, source], check=True)
+    return made
+
+
+def test_each_program_in_c_is_short() -> None:
+    for source in (EXAMPLES / "c").glob("*.c"):
+        assert len(source.read_text().splitlines()) < 250
+        assert set(line for line in source.read_text().splitlines() if line.startswith("#include")) <= {
+            "#include <dirent.h>",
+            '#include "namedpipe.h"',
+        }
+
+
+@needs_compiler
+def test_worker_in_c(served: Broker, binaries: Path, programs: list[Program]) -> None:
+    worker = Program(binaries / "worker", served.config_path)
+    programs.append(worker)
+    assert worker.line() == "ready"
+    sender = served.communicator()
+    bodies: list[Any] = [1, 'text with "quotes" and ü', {"a": [1, {"b": None}]}, "x" * 100_000, []]
+    assert [sender.task_send(body).result(TIMEOUT) for body in bodies] == bodies
+    worker.process.send_signal(signal.SIGTERM)
+    worker.rest()
+    assert worker.process.returncode == 0
+    eventually(lambda: not (served.queue / "claimed").exists() or os.listdir(served.queue / "claimed") == [])
+
+
+@needs_compiler
+def test_worker_in_c_beside_one_in_python(served: Broker, binaries: Path, programs: list[Program]) -> None:
+    programs.append(Program(binaries / "worker", served.config_path))
+    assert programs[0].line() == "ready"
+    served.child(ECHO, "w1")
+    sender = served.communicator(fsync=False)
+    futures = [sender.task_send(number) for number in range(300)]
+    assert [future.result(TIMEOUT) for future in futures] == list(range(300))
+
+
+@needs_compiler
+def test_worker_in_c_that_is_killed_loses_nothing(served: Broker, binaries: Path, programs: list[Program]) -> None:
+    worker = Program(binaries / "worker", served.config_path, 30)
+    programs.append(worker)
+    assert worker.line() == "ready"
+    future = served.communicator().task_send("in hand")
+    eventually(lambda: list(served.queue.glob("claimed/*/task_*")))
+    worker.kill()
+    served.child(ECHO, "w1")
+    assert future.result(TIMEOUT) == "in hand"
+    assert [row["deaths"] for row in served.tasks()] == [1]
+
+
+SENDS = """
+sender = communicator(fsync=False)
+print("ready")
+sys.stdin.readline()
+futures = [sender.task_send("x" * 1000) for _ in range(200)]
+print("sent")
+print(sum(len(future.result(60)) for future in futures))
+sender.close()
+"""
+
+
+@needs_compiler
+def test_a_stopped_sender_gets_what_a_worker_in_c_has_done(
+    served: Broker, binaries: Path, programs: list[Program]
+) -> None:
+    sender = served.child(SENDS)
+    sender.tell("")
+    assert sender.line() == "sent"
+    sender.stop()
+    worker = Program(binaries / "worker", served.config_path)
+    programs.append(worker)
+    eventually(lambda: sum(row["state"] == "completed" for row in served.tasks()) == 200)
+    worker.kill()
+    assert any(name.startswith("body_reply_") for name in os.listdir(served.pipes))
+    sender.go_on()
+    assert sender.line() == "200000"
+
+
+@needs_compiler
+def test_sender_in_c(served: Broker, binaries: Path, programs: list[Program]) -> None:
+    served.child(ECHO, "w1")
+    bodies = ["1", '"text"', json.dumps({"a": ["x" * 5000]}), "null"]
+    sender = Program(binaries / "sender", served.config_path, *bodies)
+    programs.append(sender)
+    said = [line.removeprefix("result: ") for line in sender.rest().splitlines()]
+    assert sorted(said) == sorted(json.dumps(json.loads(body), separators=(",", ":")) for body in bodies)
+    assert sender.process.returncode == 0
+
+
+@needs_compiler
+def test_rpc_server_in_c(served: Broker, binaries: Path, programs: list[Program]) -> None:
+    server = Program(binaries / "rpc_server", served.config_path, "A server.é")
+    programs.append(server)
+    assert server.line() == "ready"
+    caller = served.communicator()
+    for body in ([1, 2], "x" * 50_000):
+        assert caller.rpc_send("A server.é", body).result(TIMEOUT) == body
+    second = Program(binaries / "rpc_server", served.config_path, "A server.é")
+    programs.append(second)
+    assert second.process.wait(TIMEOUT) == 1
+    server.process.send_signal(signal.SIGTERM)
+    server.rest()
+    assert server.process.returncode == 0
+    # Who has ended without a word is buried by the coordinator.
+    eventually(lambda: os.listdir(served.queue / "claimed") == [])
+
+
+@needs_compiler
+def test_listener_in_c(served: Broker, binaries: Path, programs: list[Program]) -> None:
+    listener = Program(binaries / "listener", served.config_path)
+    programs.append(listener)
+    assert listener.line() == "ready"
+    sender = served.communicator()
+    for body in ({"a": 1}, "x" * 10_000):
+        sender.broadcast_send(body, "me", "subject", "c1")
+        said = {"body": body, "sender": "me", "subject": "subject", "correlation_id": "c1"}
+        assert json.loads(listener.line()) == said
+    listener.kill()
+    eventually(lambda: os.listdir(served.queue / "claimed") == [])
+
+
+@needs_compiler
+def test_programs_in_c_say_why_they_cannot(tmp_path: Path, binaries: Path) -> None:
+    for name in ("worker", "sender", "rpc_server", "listener"):
+        for arguments in ([], [tmp_path, "1"], [tmp_path / "nowhere", "1"]):
+            said = subprocess.run(
+                [binaries / name, *arguments], check=False, capture_output=True, text=True, timeout=TIMEOUT
+            )
+            assert said.returncode == 1 and said.stderr.count("\n") == 1 and said.stdout == ""
+
+
+# Shell
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="there is no flock(1) here")
+def test_worker_in_shell(served: Broker) -> None:
+    command = ["sh", EXAMPLES / "worker.sh", served.config_path]
+    assert subprocess.run(command, check=False, timeout=TIMEOUT).returncode == 1
+    future = served.communicator().task_send("for a shell")
+    assert subprocess.run(command, check=False, timeout=TIMEOUT).returncode == 0
+    assert future.result(TIMEOUT).startswith("a task of ")
+    assert [row["state"] for row in served.tasks()] == ["completed"]
+    with contextlib.suppress(FileNotFoundError):
+        assert os.listdir(served.queue / "claimed") == []
