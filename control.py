@@ -185,7 +185,7 @@ def _refuse(error: OSError) -> None:
 
 
 def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read from the disk how things are; the answer is what ``status --json`` prints, and the README explains."""
+    """Read from the disk how things are; the answer is what ``status --json`` prints, and ``OPERATING.md`` explains."""
     layout = directories.locate(config_path)
     said = (presence.coordinator(layout) if layout else None) or {}
     in_hand: collections.Counter[str] = collections.Counter()

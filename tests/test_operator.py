@@ -34,7 +34,7 @@ import taskqueue
 from harness import COORDINATOR, ECHO, HERE, RECORDER, TIMEOUT, WORKER, Broker, eventually, recorded
 from test_faults import enlarge, room
 
-README = (HERE / "README.md").read_text()
+OPERATING = (HERE / "OPERATING.md").read_text()
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user, and mount a small disk")
 COMMANDS = {
     "status": (0, 3),
@@ -546,7 +546,7 @@ def test_status_is_watched_in_a_pipe_and_in_a_terminal(served: Broker) -> None:
 def test_the_readme_explains_each_key_and_each_exit_status(served: Broker) -> None:
     served.communicator("worker").add_task_subscriber(lambda *_: None)
     served.communicator().task_queue("q").task_send(1, no_reply=True)
-    section = README[README.index("### What `--json` prints") :]
+    section = OPERATING[OPERATING.index("## What `--json` prints") :]
     status = served.status()
     keys = {*status, *status["workers"][0], *status["queues"][0], *status["tasks"]}
     keys |= set(served.tasks()[0]) | set(json.loads(served.run("show", served.tasks()[0]["id"], "--json")))
@@ -555,7 +555,7 @@ def test_the_readme_explains_each_key_and_each_exit_status(served: Broker) -> No
     keys |= set(found[0])
     assert [key for key in sorted(keys) if f"`{key}`" not in section] == []
     for status in (control_line.FAILED, 2, control_line.NOT_RUNNING, control_line.TIMED_OUT, control_line.INTERRUPTED):
-        assert f"| {status} |" in README
+        assert f"| {status} |" in OPERATING
 
 
 # The log
@@ -983,7 +983,7 @@ def test_a_copy_of_a_queue_in_use_runs(served: Broker, tmp_path: Path) -> None:
     copy = Broker(tmp_path)
     copy.profile = served.profile  # It is the same profile, in another directory.
     copy.config_path = tmp_path / "copy" / served.profile
-    script = re.search(r"```bash\n(mkdir .*?)```", README, re.DOTALL)
+    script = re.search(r"```bash\n(mkdir .*?)```", OPERATING, re.DOTALL)
     assert script is not None
     served.run("pause")
     variables = {"OLD": str(served.config_path), "NEW": str(copy.config_path)}
@@ -1002,26 +1002,6 @@ def test_a_copy_of_a_queue_in_use_runs(served: Broker, tmp_path: Path) -> None:
         pipes = Path(copy.status()["pipes"])
         assert pipes != served.pipes
     shutil.rmtree(pipes)
-
-
-def test_the_readmes_worker_finishes_what_it_has_when_it_is_told_to_end(served: Broker) -> None:
-    (script,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "drain()" in block)
-    ours = script.replace("'my_profile', Path", f"{served.profile!r}, Path")
-    ours = ours.replace("Path.home() / '.aiida' / 'profiles' / 'my_profile'", repr(str(served.config_path)))
-    ours = ours.replace(
-        'lambda communicator, task: {"result": "success"}', "lambda _, task: print(task) or time.sleep(1)"
-    )
-    assert ours.count(served.profile) == 2 and "time.sleep(1)" in ours
-    child = served.spawn(ours.replace("signal.sigwait", "print('ready'); signal.sigwait"))
-    assert child.line() == "ready"
-    sender = served.communicator()
-    for number in range(2):
-        sender.task_send(number, no_reply=True)
-    assert child.line() == "0"
-    child.process.terminate()
-    assert child.process.wait(TIMEOUT) == 0
-    rows = {row["state"]: row["deaths"] for row in served.tasks()}
-    assert rows["completed"] == 0 and set(rows.values()) == {0}
 
 
 def test_what_an_operator_asks_is_asked_quickly(broker: Broker) -> None:
