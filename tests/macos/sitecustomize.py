@@ -1,7 +1,8 @@
 """Makes Linux as much like macOS as it can be: for each Python that starts with this directory in its path.
 
 A name that differs from one in its directory only in case is that one: whoever looks for it finds it, and whoever makes
-it finds it taken. Names with a random part are passed over, which nobody writes in another case.
+it finds it taken. Names with a random part are passed over, which nobody writes in another case, and so is "paused",
+which is asked for before and after each claim: to list a long queue each time is this file's cost, and not the broker's.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ with contextlib.suppress(AttributeError):
     del fcntl.F_SETPIPE_SZ
 
 _OURS = ("/tmp/aiida_", "/tmp/pytest-")
-_RANDOM = re.compile("[0-9a-f]{8}")
+_PASSED_OVER = re.compile("[0-9a-f]{8}|^paused$")
 _lstat, _listdir = os.lstat, os.listdir
 
 
@@ -30,7 +31,7 @@ def _actual(path: Any) -> Any:
         return path
     directory, _, name = text.rpartition("/")
     directory = _actual(directory)
-    if not _RANDOM.search(name):
+    if not _PASSED_OVER.search(name):
         with contextlib.suppress(OSError):
             name = next((found for found in _listdir(directory) if found.casefold() == name.casefold()), name)
     return f"{directory}/{name}"
