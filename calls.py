@@ -29,7 +29,6 @@ import functools
 import itertools
 import threading
 import traceback
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -73,21 +72,33 @@ class Reply(concurrent.futures.Future[Any]):
     def __init__(self, lane: Lane) -> None:
         super().__init__()
         self._lane = lane
+        self._due: list[Callable[[], object]] | None = None
+        """What is to be called once it has ended; `None` unless that is just being done."""
 
     def add_done_callback(self, fn: Callable[[concurrent.futures.Future[Any]], Any]) -> None:
         """Call `fn` when this is done; :raises RuntimeError: the system has no room for the thread that does."""
         self._lane.start()
-        super().add_done_callback(lambda future: self._lane.put(functools.partial(fn, future)))
+        super().add_done_callback(lambda future: self._call(functools.partial(fn, future)))
+
+    def _call(self, job: Callable[[], object]) -> None:
+        if self._due is None:
+            self._lane.put(job)
+        else:
+            self._due.append(job)
 
     def end(self, how: Callable[[], object]) -> bool:
         """End it, unless it has ended; say whether that could be done, as nobody holds it for long."""
         if not self._condition.acquire(timeout=_LOOKED_AT_SECONDS):
             return False
+        self._due = due = list[Callable[[], object]]()
         try:
             with contextlib.suppress(concurrent.futures.InvalidStateError, RuntimeError):  # By its user himself.
                 how()
         finally:
+            self._due = None
             self._condition.release()
+        for job in due:
+            self._lane.put(job)  # Which runs it here where it has ended: not while we hold what it may wait for.
         return True
 
     def disown(self) -> None:
@@ -127,9 +138,10 @@ class Calls:
         self._prepare = prepare
         self._later = later
         self._pending: dict[str, Call] = {}
-        self._unended: deque[tuple[Reply, Callable[[], object]]] = deque()
+        self._taken: dict[str, Call] = {}
+        """Those whose answer has come, and is just being decoded."""
+        self._unended: dict[Reply, Callable[[], object]] = {}
         """Futures that could not be ended at once, each with how."""
-        self._pause = 0.0
         self._numbers = itertools.count(1)
         self.closed = False
 
@@ -164,7 +176,11 @@ class Calls:
             if kind in message:
                 call = self._pending.pop(correlation_id, None)
                 if call is not None:
-                    take(self, correlation_id, call, message)
+                    self._taken[correlation_id] = call
+                    try:
+                        take(self, correlation_id, call, message)
+                    finally:
+                        self._taken.pop(correlation_id, None)
                 return
         raise frames.Garbage(f"an answer of no known kind: {sorted(message)}")
 
@@ -179,43 +195,50 @@ class Calls:
         return {call.way for call in list(self._pending.values()) if call.way is not None}
 
     def close(self) -> None:
-        """End all calls."""
+        """End all calls. Nothing is done later by whoever gave `later`, from here on."""
         self.closed = True
         while self._pending:
             with contextlib.suppress(KeyError):
                 future = self._pending.popitem()[1].future
                 self._end(future, functools.partial(future.set_exception, kiwipy.CommunicatorClosed()))
+        if self._unended:
+            with contextlib.suppress(RuntimeError):  # There is no room for another thread.
+                threading.Thread(target=self._end_patiently, name="pipebroker endings", daemon=True).start()
 
     def end_the_rest(self) -> None:
         """End what could not be ended yet: in whoever closes, as it is often he that holds it."""
+        for future, how in list(self._unended.items()):
+            if future.end(how):
+                self._unended.pop(future, None)
+
+    def _end_patiently(self) -> None:
+        pause = _FIRST_PAUSE_SECONDS
         while self._unended:
-            with contextlib.suppress(IndexError):
-                future, how = self._unended.popleft()
-                future.end(how)
+            self.end_the_rest()
+            threading.Event().wait(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def disown(self) -> None:
         """End all calls, in a forked child."""
         self.closed = True
-        for future in (*(call.future for call in self._pending.values()), *(future for future, _ in self._unended)):
+        for call in (*self._pending.values(), *self._taken.values()):
+            call.future.disown()
+        for future in self._unended:
             future.disown()
         self._pending.clear()
         self._unended.clear()
 
-    def _end(self, future: Reply, how: Callable[[], object]) -> None:
-        if not future.end(how):
-            self._unended.append((future, how))
-            if not self._pause:
-                self._pause = _FIRST_PAUSE_SECONDS
-                self._later(self._pause, self._try_again)
+    def _end(self, future: Reply, how: Callable[[], object], pause: float = _FIRST_PAUSE_SECONDS) -> None:
+        if future.end(how):
+            self._unended.pop(future, None)
+            return
+        self._unended[future] = how
+        self._later(pause, lambda: self._end_again(future, pause))
 
-    def _try_again(self) -> None:
-        for _ in range(len(self._unended)):
-            future, how = self._unended.popleft()
-            if not future.end(how):
-                self._unended.append((future, how))
-        self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS) if self._unended else 0.0
-        if self._pause:
-            self._later(self._pause, self._try_again)
+    def _end_again(self, future: Reply, pause: float) -> None:
+        how = self._unended.get(future)
+        if how is not None:
+            self._end(future, how, min(2 * pause, _LONGEST_PAUSE_SECONDS))
 
     def _result(self, _: str, call: Call, message: frames.Message) -> None:
         try:

@@ -79,7 +79,8 @@ def _newest(paths: list[Path], lines: list[str], number: int) -> list[str]:
     for path in reversed(paths):
         if len(lines) < number:
             with contextlib.suppress(FileNotFoundError):  # It has been moved meanwhile.
-                lines = path.read_bytes().decode(errors="replace").removesuffix("\n").split("\n") + lines
+                text = path.read_bytes().decode(errors="replace")
+                lines = (text.removesuffix("\n").split("\n") if text else []) + lines
     return lines[-number:] if number else []
 
 

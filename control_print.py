@@ -32,7 +32,7 @@ def prepare() -> None:
     """Let all be printed that may be in a name, whether or not the terminal has it."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):  # It is closed.
                 stream.reconfigure(errors="backslashreplace")
 
 
@@ -66,14 +66,14 @@ def ask(text: str) -> None:
 
 
 def _write(stream: TextIO | None, text: str) -> None:
-    if stream is None:
+    if stream is None or stream.closed:
         return
     try:
         stream.write(text)
         stream.flush()
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        with contextlib.suppress(OSError):  # It has no descriptor.
+        with contextlib.suppress(OSError, AttributeError):  # It has no descriptor.
             os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
         raise

@@ -206,8 +206,8 @@ def task(answer: dict[str, Any], screen: tuple[int, int] | None) -> Iterator[str
         yield f"It cannot be read: {flat(answer['unreadable'])}"
     else:
         yield "Body:"
-        lines = json.dumps(answer["body"], indent=2, ensure_ascii=False).split("\n")
-        shown = lines if screen is None else _cut([plain(line) for line in lines], *screen)
+        lines = [plain(line) for line in json.dumps(answer["body"], indent=2, ensure_ascii=False).split("\n")]
+        shown = lines if screen is None else _cut(lines, *screen)
         yield from shown
         if len("".join(shown)) < len("".join(lines)):
             yield f"... cut here, of {count(len(lines), 'line')}; all of it with --full"

@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if not __package__ and (_here := os.path.dirname(os.path.abspath(__file__))) not in sys.path:
+if not __package__ and (_here := os.path.dirname(os.path.realpath(__file__))) not in sys.path:
     sys.path.insert(0, _here)  # Where PYTHONSAFEPATH keeps a script from its neighbours.
 
 if TYPE_CHECKING or not __package__:

@@ -107,12 +107,8 @@ class Layout:
         yield "", self.queue
         for key in files.listed(self.queue / "queues"):
             # Not `Path.is_dir`, which raises where a symlink leads to what may not be asked for.
-            if is_quoted(key) and os.path.isdir(path := self.queue_directory(key)) and not self._is_alias(path):
+            if is_quoted(key) and os.path.isdir(path := self.queue_directory(key)):
                 yield key, path
-
-    def _is_alias(self, path: Path) -> bool:
-        """Say whether a symlink leads to another queue here, which would have two keys; it may lead to another disk."""
-        return path.is_symlink() and os.path.realpath(path.parent) == os.path.dirname(os.path.realpath(path))
 
 
 # Directories

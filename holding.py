@@ -19,6 +19,7 @@ import errno
 import functools
 import heapq
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -157,6 +158,14 @@ class Holdings:
         self._waiters: dict[threading.Lock, bool] = {}
         """Who waits until nothing is in hand, and whether what was about to be claimed is."""
         self._closed = False
+
+    def claims_of(self, queue: taskqueue.TaskQueue) -> Claims | None:
+        """Return what is held of a queue by another of its names, as a link may give it; `None` if there is none."""
+        where = os.path.realpath(queue.directory)
+        for side in list(self.sides.values()):
+            if side.claims is not None and os.path.realpath(side.queue.directory) == where:
+                return side.claims
+        return None
 
     def claim(self, side: Side, name: str, *, pulled: bool = False) -> taskqueue.Task | None:
         """Claim a task; `None` if somebody else has it, or if it is none, which its sender is told.
@@ -318,10 +327,15 @@ class Holdings:
         for side in list(self.sides.values()):
             if side.claims is not None and side.claims.worker_id != worker_id:
                 side.claims = Claims(side.queue, worker_id, layout.paused)
-        ours = {side.key: side.claims for side in list(self.sides.values()) if side.claims is not None}
+        # By where they lie: a link may give a queue a second name.
+        ours = {
+            os.path.realpath(side.queue.directory): side.claims
+            for side in list(self.sides.values())
+            if side.claims is not None
+        }
         with contextlib.suppress(OSError):
-            for key, directory in layout.queues():
-                claims = ours.get(key)
+            for _, directory in layout.queues():
+                claims = ours.get(os.path.realpath(directory))
                 if claims is None:
                     claims = Claims(taskqueue.TaskQueue(directory), worker_id, layout.paused)
                 with contextlib.suppress(OSError):  # One bad queue keeps nothing in the others.
@@ -330,8 +344,7 @@ class Holdings:
     def look(self) -> None:
         """Move what could not be moved when it was finished, and report what somebody had pulled and lost."""
         for side in list(self.sides.values()):
-            with contextlib.suppress(OSError):  # Who needs it is told.
-                side.queue.make()
+            side.queue.keep_name()
             for name in side.claims.look() if side.claims is not None else ():
                 self.report(side, "returned", name)
                 self.on_room(side)

@@ -25,7 +25,9 @@ class Lane:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._jobs: collections.deque[Callable[[], object]] = collections.deque()
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        """Rung for each job, and at the end. What interrupts whoever waits for it loses no job with it."""
         self._thread: threading.Thread | None = None
         self._begun = False
         self._ticket = collections.deque([True])
@@ -59,26 +61,27 @@ class Lane:
         """Run a job after those that wait; at once where the lane has finished, and never where it was stopped."""
         with patient(self._mutex):
             if not self._ended:
-                self._jobs.put(job)
+                self._jobs.append(job)
+                self._bell.put(None)
                 return
         self._try(job)
 
     def is_empty(self) -> bool:
         """Say whether no job waits."""
-        return self._jobs.empty()
+        return not self._jobs
 
     def stop(self) -> None:
         """Start no job any more."""
         with self._mutex:
             self._stopped = True
-            self._jobs.put(None)
+            self._bell.put(None)
 
     def finish(self) -> None:
         """Run the jobs that wait, and then end; jobs that come later run where they come from."""
         with self._mutex:
             self._finishing = True
             self._ended = not self._begun
-            self._jobs.put(None)
+            self._bell.put(None)
 
     def disown(self) -> None:
         """Run nothing, in a forked child, which has no such thread."""
@@ -97,23 +100,26 @@ class Lane:
         except IndexError:
             return
         self._thread, self._begun = threading.current_thread(), True
-        goes_on = True
+        goes_on, interrupted = True, False
         while goes_on:
             try:
-                goes_on = self._run_one()
+                # What interrupts us may have come between the ring and its job.
+                goes_on, interrupted = self._run_one(waits=not (interrupted and self._jobs)), False
             except BaseException:
                 # Somebody has set it in this thread, as a watchdog does, and his job was over.
-                self._busy = False
+                self._busy, interrupted = False, True
                 say("Error in %s", self._name)
 
-    def _run_one(self) -> bool:
+    def _run_one(self, *, waits: bool) -> bool:
         """Say whether there may be more to run."""
-        job = self._jobs.get()
+        if waits:
+            self._bell.get()
         if self._stopped:
             return False
+        job = self._jobs.popleft() if self._jobs else None
         if self._finishing:
             with self._mutex:
-                self._ended = self._jobs.empty()
+                self._ended = not self._jobs
         self._busy = job is not None
         if job is not None:
             self._try(job)

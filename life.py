@@ -157,6 +157,8 @@ class Life:
         """See to it that a lock is in place; say whether another's is not."""
         self._locks.sort(key=presence.Lock.is_in_place)
         if self._locks[-1].is_in_place():
+            if len(self._locks) > 1:
+                self._let_go(presence.Lock.is_gone)
             return True
         try:
             lock = self._take()

@@ -150,7 +150,7 @@ class Subscriptions:
             self.ensure_open()
             life = self.live(None)
             if side.claims is None:
-                claims = Claims(side.queue, life.worker_id, self._layout.paused)
+                claims = self._holdings.claims_of(side.queue) or Claims(side.queue, life.worker_id, self._layout.paused)
                 side.claims = claims if side.claims is None else side.claims
 
     def live(self, worker_id: str | None) -> Life:

@@ -145,8 +145,13 @@ class TaskQueue:
         """
         for state in ("claimed", "completed", "failed"):
             files.make_directories(self.directory / state)
-        if self._name is not None and not os.path.lexists(self.directory / "name"):
-            files.write_whole(self.directory / "name", self._name.encode())
+        self.keep_name()
+
+    def keep_name(self) -> None:
+        """Write its name anew where it has vanished from a queue that is there."""
+        if self._name is not None and os.path.isdir(self._root) and not os.path.lexists(self.directory / "name"):
+            with contextlib.suppress(OSError):
+                files.write_whole(self.directory / "name", self._name.encode())
 
     def file(self, name: str, state: str = "") -> str:
         """Return where a task is kept in a state: '' (waiting), 'completed', 'failed' or 'claimed/…'.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import random
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import kiwipy
@@ -71,6 +73,17 @@ def locked(future: concurrent.futures.Future[Any]) -> threading.Event:
     return lets_go
 
 
+@contextlib.contextmanager
+def locked_by_another(future: concurrent.futures.Future[Any]) -> Iterator[None]:
+    lets_go = locked(future)
+    try:
+        yield
+    finally:
+        lets_go.set()
+        with future._condition:
+            pass
+
+
 def test_a_future_that_somebody_holds_is_ended_later_and_holds_up_no_other() -> None:
     due: list[tuple[float, Any]] = []
     calls = make(later=lambda seconds, job: due.append((seconds, job)))
@@ -83,6 +96,12 @@ def test_a_future_that_somebody_holds_is_ended_later_and_holds_up_no_other() -> 
         assert len(due) == 1
         due.pop()[1]()
     assert due[0][0] == 10.0
+    third_id, third = calls.expect(None)
+    with locked_by_another(third):
+        calls.answer({"correlation_id": third_id, "result": 3})
+        assert len(due) == 2 and due[1][0] < 0.1
+    due.pop()[1]()
+    assert ended(third) == 3
     lets_go.set()
     with first._condition:
         due.pop()[1]()

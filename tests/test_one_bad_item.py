@@ -426,7 +426,7 @@ def test_a_queue_that_is_made_again_has_its_name(broker: Broker) -> None:
     shutil.rmtree(broker.queue / "queues")
     queue.task_send(1, no_reply=True)
     assert "Größe" in broker.run("tasks", "--queue", "Größe")
-    shutil.rmtree(broker.queue / "queues")
+    (broker.queue / "queues" / directories.quoted("Größe") / "name").unlink()
     look(sender)
     assert broker.run("tasks", "--queue", "Größe")
 
@@ -477,3 +477,43 @@ def test_drain_waits_for_a_puller_that_has_lost_its_lock(broker: Broker) -> None
     (broker.queue / "claimed" / "puller" / "lock").unlink()
     assert "puller" in broker.run("drain", "--timeout", "0.2", status=4)
     child.go_on()
+
+
+def test_nobody_makes_a_queue_again_that_is_moved_away(broker: Broker) -> None:
+    sender = broker.communicator()
+    sender.task_send(1, no_reply=True)
+    sender.task_queue("named").task_send(1, no_reply=True)
+    named = broker.queue / "queues" / "named"
+    named.rename(broker.config_path / "named")
+    broker.queue.rename(broker.config_path / "away")
+    look(sender)
+    assert not broker.queue.exists()
+    (broker.config_path / "away").rename(broker.queue)
+    look(sender)
+    assert not named.exists() and "1 waiting" in broker.run("status", status=3)
+
+
+def test_a_queue_that_is_a_link_to_another_is_served(broker: Broker) -> None:
+    sender = broker.communicator()
+    sender.task_queue("old")
+    os.symlink("old", broker.queue / "queues" / "new")
+    broker.start()
+    worker = broker.communicator("w1")
+    for name in ("new", "old"):
+        worker.task_queue(name).add_task_subscriber(lambda _, body: body)
+    for name in ("new", "old", "new"):
+        assert sender.task_queue(name).task_send(name).result(TIMEOUT) == name
+        look(worker)
+
+
+def test_locks_of_directories_that_are_gone_are_let_go(broker: Broker) -> None:
+    worker = broker.communicator("w1")
+    life = worker._engine.subscriptions._life
+    for number in range(5):
+        broker.queue.rename(broker.config_path / f"away{number}")
+        look(worker)
+    assert len(life._locks) == 6
+    for number in range(5):
+        shutil.rmtree(broker.config_path / f"away{number}")
+    look(worker)
+    assert len(life._locks) == 1

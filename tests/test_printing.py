@@ -284,3 +284,41 @@ def test_the_doctor_sends_another_user_away(broker: Broker) -> None:
     (found,) = control_doctor.examine(broker.config_path)
     assert "run this as that user" in found.remedy
     subprocess.run(["chown", "-R", "0", broker.queue], check=True)
+
+
+def test_a_body_that_is_cut_says_so(broker: Broker) -> None:
+    with broker.communicator() as sender:
+        sender.task_send("\u200b" * 850 + "THE END", no_reply=True)
+    shown = broker.run("show", broker.tasks()[0]["id"])
+    assert "THE END" not in shown and "all of it with --full" in shown
+
+
+def test_an_empty_log_has_no_lines(broker: Broker) -> None:
+    broker.communicator().close()
+    (broker.queue / "coordinator.log").touch()
+    assert broker.run("logs") == ""
+
+
+def test_a_script_that_is_a_link_finds_the_modules_beside_what_it_leads_to(broker: Broker, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    os.symlink(HERE / "coordinator.py", tmp_path / "bin" / "coordinator.py")
+    (tmp_path / "bin" / "bodies.py").write_text("raise SystemExit(9)")
+    for safe in ("", "1"):
+        said = subprocess.run(
+            [sys.executable, tmp_path / "bin" / "coordinator.py", "--version"],
+            check=False,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONSAFEPATH": safe},
+            timeout=TIMEOUT,
+        )
+        assert (said.returncode, said.stdout.strip()) == (0, directories.VERSION)
+
+
+def test_a_command_may_be_called_where_the_streams_are_closed(broker: Broker) -> None:
+    script = (
+        "import sys, control_line; sys.stdout.close(); sys.stderr.close(); sys.exit(control_line.main(%r, None, 'x'))"
+    )
+    for arguments, status in ((["--profile=x", "--config-path=/nowhere", "status"], 1), (["bogus"], 2)):
+        said = subprocess.run([sys.executable, "-c", script % arguments], check=False, cwd=HERE, timeout=TIMEOUT)
+        assert said.returncode in (status, 120)

@@ -2,7 +2,7 @@
 
 A name that differs from one in its directory only in case is that one: whoever looks for it finds it, and whoever makes
 it finds it taken. Names with a random part are passed over, which nobody writes in another case, and so is "paused",
-which is asked for before and after each claim: to list a long queue each time is this file's cost, and not the broker's.
+which is asked for before and after each claim: to list a long queue each time is the cost of this file alone.
 """
 
 import contextlib
