@@ -284,8 +284,9 @@ class Engine:
 
     def _on_death(self, writer: fifo.Writer) -> None:
         if writer in self.calls.ways():
-            # What the recipient wrote before it died is in our pipe by now.
+            # What the recipient wrote before it died is in our pipe by now, or on the disk.
             self._pipes.drain(self.reply)
+            self._find_bodies()
             error = kiwipy.DeliveryFailed("the recipient died or closed before it answered")
             fail = functools.partial(self.calls.fail, writer, error)
             if self.codec.runs_user_code:

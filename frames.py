@@ -37,8 +37,7 @@ LARGEST_TEXT = select.PIPE_BUF - _HEADER.size
 _CLAIM_CHECK = b'{"body_file":'
 _MARK = "!"
 _ENVELOPE = re.compile(
-    rb',((?:"(?:no_reply|reply_to)":(?:true|false|null|"[A-Za-z0-9_]*"),)*"correlation_id":(?:null|"[0-9a-f]*"))'
-    rb'(?:,"dressed":true)?}\s*$'
+    rb'[,{]((?:\s*"(?:no_reply|reply_to|correlation_id|dressed)"\s*:\s*(?:true|false|null|"[^"\\]*")\s*,?)+)}\s*$'
 )
 _LONGEST_ENVELOPE = 400
 
@@ -57,7 +56,10 @@ class Garbage(ValueError):
 
 def _envelope(text: bytes) -> Message:
     match = _ENVELOPE.search(text[-_LONGEST_ENVELOPE:])
-    return dict(json.loads(b"{" + match[1] + b"}")) if match else {}
+    try:
+        return dict(json.loads(b"{" + match[1] + b"}")) if match else {}
+    except ValueError:
+        return {}
 
 
 def frame(text: str) -> bytes | None:

@@ -380,7 +380,7 @@ class Peers:
             peer = None
         member = peer.members.get(queue.key) if peer is not None else None
         for kind in _REPORTS:
-            names = message.get(kind, [])
+            names = message.get(kind) or []
             if not isinstance(names, list):
                 raise frames.Garbage(f"its {kind!r} is no list")
             for name in filter(directories.is_quoted, names):

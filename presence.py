@@ -250,7 +250,7 @@ class Worker:
         """
         try:
             said = json.loads(files.read(path))
-            worker = cls(**{known.name: said[known.name] for known in fields(cls) if known.name in said})
+            worker = cls(**{known.name: said[known.name] for known in fields(cls) if said.get(known.name) is not None})
             valid = (
                 is_worker_id(worker.worker_id)
                 and is_reply_pipe(worker.reply)

@@ -12,10 +12,10 @@ pipes=$(readlink "$1/pipes/directory") # D1
 hex() { od -An -N16 -tx1 /dev/urandom | tr -d ' \n'; }
 id=sh-$$-$(hex)
 
-mkdir "$queue/claimed/$id"
 draft=$queue/claimed/.$id.$(hex)
 exec 9<> "$draft"
 flock -n 9 # L1: until we end
+mkdir "$queue/claimed/$id"
 ln "$draft" "$queue/claimed/$id/lock" # L2
 rm "$draft"
 

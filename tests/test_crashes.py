@@ -215,6 +215,7 @@ def test_all_go_on_while_a_coordinator_is_dead_and_the_next_one_reads_the_disk(b
     eventually(lambda: heard == ["before", "meanwhile"])
 
 
+@pytest.mark.protocol("T2")
 @traced
 def test_task_is_on_the_disk_before_task_send_returns(broker: Broker, tmp_path: Path) -> None:
     """Write, rename, `fsync` of the file, `fsync` of its directory: then a loss of power takes nothing back."""
@@ -296,6 +297,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.protocol("W5", "A2")
 @traced
 def test_worker(served: Broker, tmp_path: Path) -> None:
     record, rows = tmp_path / "record", []
@@ -392,6 +394,7 @@ os._exit(0)
 """
 
 
+@pytest.mark.protocol("L5")
 @traced
 def test_coordinator_that_buries_a_worker(broker: Broker, tmp_path: Path) -> None:
     sender = broker.communicator()

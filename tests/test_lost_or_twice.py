@@ -202,6 +202,7 @@ print("ready"); sys.stdin.read(); worker.close()
         assert worker.end() == 0
 
 
+@pytest.mark.protocol("T4")
 def test_task_send_does_not_raise_once_a_worker_has_claimed_the_task(served: Broker, tmp_path: Path) -> None:
     script = """
 import errno, pathlib

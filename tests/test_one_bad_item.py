@@ -310,6 +310,7 @@ print("ready"); sys.stdin.read()
 """
 
 
+@pytest.mark.protocol("W4")
 def test_the_sender_of_what_is_no_task_is_told_before_it_goes_to_failed(broker: Broker) -> None:
     broker.start()
     broker.run("pause")

@@ -182,6 +182,7 @@ def _fifo_in_the_registry(broker: Broker) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
+@pytest.mark.protocol("D4")
 def test_old_drafts_in_the_registry_are_swept(broker: Broker) -> None:
     with serving(broker):
         registry = broker.config_path / "pipes"

@@ -234,9 +234,42 @@ def test_everything_is_for_its_user_alone(served: Broker) -> None:
                 assert stat.S_ISLNK(status.st_mode) or status.st_mode & 0o77 == 0, path
 
 
+@checks("D2")
+@pytest.mark.parametrize("mode", [0o770, 0o705])
+def test_pipes_that_others_may_enter_are_not_used(broker: Broker, mode: int) -> None:
+    broker.communicator().close()
+    broker.pipes.chmod(mode)
+    with pytest.raises(OSError, match="open to other users"):
+        broker.communicator()
+    broker.pipes.chmod(0o700)
+
+
+@checks("D6", "W4")
+def test_no_file_is_opened_through_a_symlink(served: Broker, stranger: Stranger, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text('{"body":"elsewhere"}')
+    served.child(RECORDER, tmp_path / "record")
+    os.symlink(tmp_path / "secret", served.queue / "task_1.json")
+    stranger.tell("coordinator_tasks", {"type": "task", "queue": "", "name": "1"})
+    eventually(lambda: os.path.lexists(served.queue / "failed" / "task_1.json"))
+    assert recorded(tmp_path / "record") == [] and (tmp_path / "secret").exists()
+
+
+@checks("D4")
+def test_a_draft_whose_writer_died_is_removed_after_an_hour(broker: Broker) -> None:
+    broker.communicator().close()
+    old, young = (broker.queue / f".{time.time_ns():020d}-0badcaf{digit}" for digit in "ef")
+    for draft in (old, young):
+        draft.touch()
+    os.utime(old, (0, time.time() - 3700))
+    broker.start()
+    eventually(lambda: not old.exists())
+    assert young.exists()
+
+
 @checks("D3")
 def test_who_finds_the_name_taken_takes_the_one_with_the_digest(broker: Broker, tmp_path: Path) -> None:
     broker.pipes.mkdir(mode=0o700)
+    (tmp_path / "another").mkdir()  # Or whoever starts meanwhile takes the directory for forgotten.
     os.symlink(tmp_path / "another", broker.pipes / ".config")
     broker.communicator().close()
     said = f"{os.getuid()}:{os.path.realpath(broker.config_path)}".encode()
@@ -292,6 +325,38 @@ def test_garbage_is_skipped_and_the_next_frame_is_found(served: Broker, stranger
         eventually(lambda: "found\\x00" in child.line())
 
 
+@checks("F1")
+def test_nobody_writes_a_frame_that_is_too_long(served: Broker, stranger: Stranger) -> None:
+    served.child(ECHO, "w1")
+    stranger.read_from(stranger.reply)
+    for size in range(select.PIPE_BUF - 100, select.PIPE_BUF + 5, 5):
+        call = {"to": "w1", "body": "x" * size, "reply_to": stranger.reply, "correlation_id": "1"}
+        body = f"body_rpc_w1.{new_hex()}"
+        stranger.put(served.pipes / body, json.dumps(call))
+        stranger.tell("rpc_w1", f'{{"body_file":"{body}"}}'.encode())
+        eventually(lambda: select.select([stranger._fifos[stranger.reply]], [], [], TIMEOUT)[0])
+        data = os.read(stranger._fifos[stranger.reply], 1 << 16)
+        assert len(data) <= select.PIPE_BUF and len(data) == 4 + int.from_bytes(data[:4], "big")
+        for left in served.pipes.glob("body_reply_*"):
+            left.unlink()
+
+
+@checks("F4")
+def test_what_may_be_missing_may_be_null(served: Broker, stranger: Stranger) -> None:
+    nothing = {"rpc": None, "broadcast": None, "listens_since": None, "version": None}
+    stranger.come("task", queues={"": 1}, **nothing)
+    pipe = f"task_{stranger.worker_id}"
+    sender = served.communicator()
+    for number in range(2):
+        sender.task_send(number, no_reply=True)
+        ring = stranger.next(pipe)
+        assert ring is not None
+        (name,) = ring["names"]
+        assert stranger.claim(name) is not None
+        stranger.complete(name)
+        stranger.report(lost=None, done=[name])  # type: ignore[arg-type]
+
+
 @checks("F4")
 def test_unknown_fields_are_passed_over_and_optional_ones_may_be_missing(served: Broker, stranger: Stranger) -> None:
     child = served.child(WORKER, "w1")
@@ -309,12 +374,18 @@ def test_who_sent_what_cannot_be_parsed_is_told_if_that_stands_last(served: Brok
     served.child(ECHO, "w1")
     stranger.read_from(stranger.reply)
     deep = "[" * 100_000
-    text = f'{{"to":"w1","body":{deep},"reply_to":"{stranger.reply}","correlation_id":"c1"}}'
-    body = f"body_rpc_w1.{new_hex()}"
-    stranger.put(served.pipes / body, text)
-    stranger.tell("rpc_w1", f'{{"body_file":"{body}"}}'.encode())
-    answer = stranger.next(stranger.reply)
-    assert answer is not None and answer["correlation_id"] == "c1" and "cannot be read" in answer["exception"]
+    reply_to, correlation_id = f'"reply_to": "{stranger.reply}"', '"correlation_id" : "C-1"'
+    ends = (
+        f"{reply_to},{correlation_id}",
+        f"{correlation_id}, {reply_to} ",
+        f'{reply_to},"no_reply":null, {correlation_id}',
+    )
+    for end in ends:
+        body = f"body_rpc_w1.{new_hex()}"
+        stranger.put(served.pipes / body, f'{{"to":"w1","body":{deep}, {end}}}')
+        stranger.tell("rpc_w1", f'{{"body_file":"{body}"}}'.encode())
+        answer = stranger.next(stranger.reply)
+        assert answer is not None and answer["correlation_id"] == "C-1" and "cannot be read" in answer["exception"]
 
 
 @checks("F6")
@@ -544,6 +615,38 @@ def test_what_is_no_task_goes_to_failed_and_its_sender_is_told(served: Broker, s
     assert answer is not None and answer["correlation_id"] == "ab" and "not a task" in answer["exception"]
 
 
+@checks("W3")
+def test_a_pause_between_the_look_and_the_claim_is_seen(served: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = served.communicator("w1")
+    worker.add_task_subscriber(lambda _, body: body)
+    rename = os.rename
+
+    def pausing(source: Any, target: Any, **options: Any) -> None:
+        rename(source, target, **options)
+        if "claimed/w1" in str(target):
+            (served.queue / "paused").touch()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", pausing)
+        future = served.communicator().task_send("later")
+        eventually(lambda: (served.queue / "paused").exists())
+        eventually(lambda: [row["state"] for row in served.tasks()] == ["waiting"])
+    assert not future.done()
+    served.run("resume")
+    assert future.result(TIMEOUT) == "later"
+
+
+@checks("A1")
+def test_whoever_wants_no_outcome_gets_none(served: Broker, stranger: Stranger) -> None:
+    served.child(ECHO, "w1")
+    stranger.read_from(stranger.reply)
+    for no_reply in (True, False):
+        task_id = stranger.task(body=1, no_reply=no_reply, reply_to=stranger.reply, correlation_id=str(no_reply))
+        stranger.tell("coordinator_tasks", {"type": "task", "queue": "", "name": task_id})
+        eventually(lambda: done(served, task_id))
+    assert stranger.next(stranger.reply) == {"result": 1, "correlation_id": "False"}
+
+
 @checks("W6", "R4")
 def test_what_is_given_back_goes_to_whom_the_report_says(served: Broker, worker: Stranger) -> None:
     pipe = f"task_{worker.worker_id}"
@@ -563,21 +666,44 @@ def test_what_is_given_back_goes_to_whom_the_report_says(served: Broker, worker:
 
 @checks("W7", "L5")
 def test_a_death_is_counted_in_the_name_and_the_twentieth_is_the_last(served: Broker, worker: Stranger) -> None:
+    sender = Stranger(served.config_path)
+    sender.read_from(sender.reply)
     for name in ("a", "b.7", "c.19"):
-        worker.put(served.queue / f"task_{name}.json", json.dumps({"body": name}))
+        task = {"body": name, "reply_to": sender.reply, "correlation_id": name}
+        worker.put(served.queue / f"task_{name}.json", json.dumps(task))
         assert worker.claim(name) is not None
+    named = served.queue / "queues" / "q" / "claimed" / worker.worker_id
+    served.communicator().task_queue("q")
+    named.mkdir()
+    worker.put(named / "task_d.json", '{"body":1}')
     worker.close()
     eventually(lambda: not worker.ours.exists())
     assert sorted(name for name in os.listdir(served.queue) if name.startswith("task_")) == [
         "task_a.1.json",
         "task_b.8.json",
     ]
+    assert (served.queue / "queues" / "q" / "task_d.1.json").exists()
+    told = sender.next(sender.reply)
+    assert told is not None and told["correlation_id"] == "c.19" and "20 workers" in told["exception"]
+    sender.go()
     assert (served.queue / "failed" / "task_c.19.json").exists()
     assert "20 workers" in (served.queue / "failed" / "task_c.19.reason").read_text()
     left = [
         path for root in (served.pipes, served.config_path / "pipes") for path in root.glob(f"*{worker.worker_id}*")
     ]
     assert left == []
+
+
+@checks("W8")
+def test_what_a_subscriber_of_pythons_raised_is_beside_its_task_too(served: Broker) -> None:
+    def raises(*_: Any) -> None:
+        raise ValueError("too difficult")
+
+    served.communicator("w1").add_task_subscriber(raises)
+    served.communicator().task_send("raises", no_reply=True)
+    eventually(lambda: [path.read_text() for path in served.queue.glob("completed/*.reason")])
+    (reason,) = served.queue.glob("completed/*.reason")
+    assert "too difficult" in reason.read_text()
 
 
 @checks("W8")
@@ -762,6 +888,20 @@ def test_an_identifier_is_quoted_as_the_text_says(served: Broker, name: str) -> 
     assert [found for found in os.listdir(served.pipes) if found.startswith("route_")] == [f"route_{by_the_text(name)}"]
 
 
+@checks("C6", "A3")
+def test_an_answer_that_was_left_on_the_disk_outlives_its_server(served: Broker, stranger: Stranger) -> None:
+    stranger.come("rpc", rpc=True)
+    os.symlink(f"rpc_{stranger.worker_id}", served.pipes / "route_r")
+    future = served.communicator().rpc_send("r", 1)
+    call = stranger.next(f"rpc_{stranger.worker_id}")
+    assert call is not None
+    text = json.dumps({"result": 1, "correlation_id": call["correlation_id"]})
+    stranger.put(served.pipes / f"body_{call['reply_to']}.{new_hex()}", text)
+    (served.pipes / "route_r").unlink()
+    stranger.go()
+    assert future.result(TIMEOUT) == 1
+
+
 @checks("C3", "C6")
 def test_the_route_of_the_dead_is_replaced_and_who_has_called_them_is_told(broker: Broker) -> None:
     child = broker.child(HOLDER, "w1")
@@ -786,6 +926,47 @@ def test_a_stranger_listens_and_broadcasts(served: Broker, stranger: Stranger) -
     assert stranger.next(pipe) == {"body": "news", "sender": "me", "subject": "subject", "correlation_id": "c1"}
     stranger.tell("coordinator_broadcast", {"body": 1, "colour": "green"})
     assert stranger.next(pipe) == {"body": 1, "colour": "green"}
+
+
+@checks("B5")
+def test_for_a_listener_that_does_not_read_the_newest_wait(served: Broker, stranger: Stranger) -> None:
+    stranger.come("broadcast", broadcast=True, listens_since=time.time())
+    eventually(lambda: len(served.status()["workers"]) == 1)
+    sender = served.communicator()
+    body = "x" * 300
+    for number in range(11_500):
+        sender.broadcast_send([number, body])
+    eventually(lambda: served.status()["workers"][0]["broadcasts_dropped"])
+    pipe = f"broadcast_{stranger.worker_id}"
+    heard = []
+    while not heard or heard[-1] != 11_499:
+        message = stranger.next(pipe)
+        assert message is not None
+        heard.append(message["body"][0])
+    assert 10_000 <= len(heard) < 11_500 and heard[-10_000:] == list(range(1_500, 11_500))
+
+
+@checks("B3", "B4")
+def test_what_is_kept_is_sent_on_oldest_first_and_is_forgotten(broker: Broker) -> None:
+    child = broker.child(WORKER, "w1")
+    stranger = Stranger(broker.config_path)
+    for number in (3, 1, 2):
+        stranger.put(broker.pipes / f"kept_{time.time_ns() + number * 10**9:020d}-{new_hex()}", f'{{"body":{number}}}')
+    broker.start()
+    assert [json.loads(child.line().replace("None", "null"))[0] for _ in range(3)] == [1, 2, 3]
+
+
+@checks("B4")
+def test_whoever_keeps_one_removes_those_of_a_minute_ago(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    import files
+
+    sender = broker.communicator()
+    sender.broadcast_send("old")
+    (old,) = broker.pipes.glob("kept_*")
+    monkeypatch.setattr(files, "is_older", lambda path, seconds: path == old and seconds == 60.0)
+    sender.broadcast_send("new")
+    (left,) = broker.pipes.glob("kept_*")
+    assert json.loads(left.read_text())["body"] == "new"
 
 
 @checks("B3", "B4")

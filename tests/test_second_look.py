@@ -161,6 +161,7 @@ def test_call_or_answer_nested_too_deep_ends_the_call(served: Broker, way: str) 
 FLOOD = 6000
 
 
+@pytest.mark.protocol("B2")
 def test_orderly_restart_loses_no_broadcast_that_fits_the_intake(broker: Broker) -> None:
     got: list[Any] = []
     flood = FLOOD if hasattr(fcntl, "F_SETPIPE_SZ") else FLOOD // 10
@@ -753,6 +754,7 @@ def test_subscriber_added_before_a_broadcast_was_sent_receives_it_though_the_coo
     assert eventually(lambda: "after" in got)
 
 
+@pytest.mark.protocol("B3")
 def test_kept_broadcast_is_for_those_who_listened_when_it_was_sent(broker: Broker) -> None:
     got: dict[str, list[Any]] = {"early": [], "late": []}
     sender = broker.communicator()

@@ -327,9 +327,13 @@ static void lock_id(void) /* L1, L2 */
     new_hex(hex);
     char *home = text_of("%s/claimed/%s", queue, worker_id), *lock = text_of("%s/lock", home);
     char *draft = text_of("%s/claimed/.%s.%s", queue, worker_id, hex);
-    int file = -1;
-    if (mkdir(home, 0700) || (file = open(draft, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600)) < 0 ||
-        flock(file, LOCK_EX | LOCK_NB) || link(draft, lock))
+    int file = open(draft, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    if (file < 0 || flock(file, LOCK_EX | LOCK_NB))
+        die("%s: %s", draft, strerror(errno));
+    do
+        mkdir(home, 0700);
+    while (link(draft, lock) && errno == ENOENT); /* an empty directory may be removed again meanwhile */
+    if (access(lock, F_OK))
         die("%s: %s", lock, strerror(errno));
     unlink(draft); /* the descriptor stays open: its end is our death */
     free(home), free(lock), free(draft);
@@ -355,6 +359,10 @@ static void leave(const char *pipe) /* L6: so that nobody has to bury us */
         text_of("%s/%s", pipes, reply),
     };
     char *home = text_of("%s/claimed/%s", queue, worker_id);
+    char *frame = text_of("{\"type\":\"register\",\"worker\":\"%s\"}", worker_id);
+    unlink(left[0]);
+    tell("coordinator_tasks", frame); /* there is no entry now */
+    free(frame);
     for (size_t i = 0; i < sizeof left / sizeof *left; i++)
         unlink(left[i]), free(left[i]);
     rmdir(home), free(home);
@@ -367,6 +375,8 @@ static void answer(const char *message, const char *kind, const char *value) /* 
     if (to && id && !strncmp(to, "reply_", 6) && !strchr(to, '/') && !(no_reply && !strcmp(no_reply, "true"))) {
         char *text = text_of("{\"%s\":%s,\"correlation_id\":%s}", kind, value, id);
         int problem = tell(to, text);
+        if (problem == EPIPE)
+            problem = tell(to, text); /* its reader may have made it anew */
         if (problem && problem != ENXIO && problem != EPIPE) { /* A3: full, or its name is gone: on the disk */
             new_hex(hex);
             char *body = text_of("body_%s.%s", to, hex);
