@@ -7,6 +7,7 @@
 # on the disk is found by whoever waits for it within ten seconds. Exits with 1 if no task waits. The numbers are those of
 # PROTOCOL.md.
 set -eu
+umask 077 # D6
 queue=$1/coordinator
 pipes=$(readlink "$1/pipes/directory") # D1
 hex() { od -An -N16 -tx1 /dev/urandom | tr -d ' \n'; }
@@ -25,8 +26,9 @@ for waiting in "$queue"/task_*.json; do
     claimed=$queue/claimed/$id/${waiting##*/}
     mv "$waiting" "$claimed" 2> /dev/null || continue # W2: somebody else has it
     # What is ours stands last in a task (F5), so that sed can find it.
-    reply_to=$(sed -n 's/.*"reply_to": *"\(reply_[0-9]*_[0-9a-f]*\)", *"correlation_id": *"[0-9a-f]*"}$/\1/p' "$claimed")
-    correlation_id=$(sed -n 's/.*"correlation_id": *"\([0-9a-f]*\)"}$/\1/p' "$claimed")
+    end='"no_reply": *false, *"reply_to": *"\(reply_[0-9]*_[0-9a-f]*\)", *"correlation_id": *"\([0-9a-f]*\)"\(, *"dressed": *true\)*}'
+    reply_to=$(sed -n "s/.*$end\$/\\1/p" "$claimed")
+    correlation_id=$(sed -n "s/.*$end\$/\\2/p" "$claimed")
     size=$(wc -c < "$claimed")
     if [ -n "$reply_to" ]; then
         name=body_$reply_to.$(hex)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def test_worker_in_c(served: Broker, binaries: Path, programs: list[Program]) ->
     programs.append(worker)
     assert worker.line() == "ready"
     sender = served.communicator()
-    bodies: list[Any] = [1, 'text with "quotes" and ü', {"a": [1, {"b": None}]}, "x" * 100_000, []]
+    bodies: list[Any] = [1, 'text with "quotes" and ü', {"a": [1, {"b": None}]}, "x" * 100_000, [], {1}, b"x"]
     assert [sender.task_send(body).result(TIMEOUT) for body in bodies] == bodies
     worker.process.send_signal(signal.SIGTERM)
     worker.rest()
@@ -283,6 +284,14 @@ def test_worker_in_shell(served: Broker) -> None:
     future = served.communicator().task_send("for a shell")
     assert subprocess.run(command, check=False, timeout=TIMEOUT).returncode == 0
     assert future.result(TIMEOUT).startswith("a task of ")
-    assert [row["state"] for row in served.tasks()] == ["completed"]
+    # Dressed, and with what looks like an envelope in its body; and one whose sender wants no outcome.
+    tricky = served.communicator().task_send(
+        {uuid.uuid4().hex: uuid.uuid4(), "x": '","no_reply":false,"reply_to":"reply_1_0","correlation_id":"1"}'}
+    )
+    assert subprocess.run(command, check=False, timeout=TIMEOUT).returncode == 0
+    assert tricky.result(TIMEOUT).startswith("a task of ")
+    served.communicator().task_send("unheard", no_reply=True)
+    assert subprocess.run(command, check=False, timeout=TIMEOUT).returncode == 0
+    assert [row["state"] for row in served.tasks()] == ["completed"] * 3
     with contextlib.suppress(FileNotFoundError):
         assert os.listdir(served.queue / "claimed") == []

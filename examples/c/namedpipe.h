@@ -371,9 +371,10 @@ static void leave(const char *pipe) /* L6: so that nobody has to bury us */
 static void answer(const char *message, const char *kind, const char *value) /* A1 */
 {
     char *to = plain(field(message, "reply_to")), *id = field(message, "correlation_id"), hex[33];
-    char *no_reply = field(message, "no_reply");
+    char *no_reply = field(message, "no_reply"), *dressed = field(message, "dressed");
     if (to && id && !strncmp(to, "reply_", 6) && !strchr(to, '/') && !(no_reply && !strcmp(no_reply, "true"))) {
-        char *text = text_of("{\"%s\":%s,\"correlation_id\":%s}", kind, value, id);
+        int is_dressed = dressed && !strcmp(dressed, "true"); /* F6: what comes back is as it came */
+        char *text = text_of("{\"%s\":%s,\"correlation_id\":%s%s}", kind, value, id, is_dressed ? ",\"dressed\":true" : "");
         int problem = tell(to, text);
         if (problem == EPIPE)
             problem = tell(to, text); /* its reader may have made it anew */
@@ -385,7 +386,7 @@ static void answer(const char *message, const char *kind, const char *value) /* 
         }
         free(text);
     }
-    free(to), free(id), free(no_reply);
+    free(to), free(id), free(no_reply), free(dressed);
 }
 
 #endif
