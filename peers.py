@@ -92,7 +92,8 @@ class Queue:
         elif kind == "returned":
             self.scheduler.give_back(member, name)
         elif kind == "lost" and self.scheduler.lose(member, name) and self.queue.is_waiting(name):
-            self.scheduler.add(name)
+            # Somebody may have given it back; but whoever cannot claim what waits is not to be rung for it for ever.
+            self.scheduler.refuse(member, name)
 
     def drift(self) -> Iterator[None]:
         """Compare what is believed with the disk, in steps."""

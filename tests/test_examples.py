@@ -171,6 +171,60 @@ def test_worker_in_c(served: Broker, binaries: Path, programs: list[Program]) ->
 
 
 @needs_compiler
+def test_worker_in_c_refuses_what_is_no_task(served: Broker, binaries: Path, programs: list[Program]) -> None:
+    bad = [
+        '{"body":12',
+        '[1,{"body":2}]',
+        'x {"body":3}',
+        '{"body":3} x',
+        '{"body":[}]}',
+        '{"body":1,}',
+        '{"body":"\\q"}',
+    ]
+    for number, text in enumerate([*bad, '{"body":nonsense}']):
+        (served.queue / f"task_{number}.json").write_text(text)
+    long = {"body": 1, "reply_to": "reply_" + "x" * 260, "correlation_id": "1"}
+    (served.queue / "task_9.json").write_text(json.dumps(long))
+    programs.append(Program(binaries / "worker", served.config_path))
+    assert programs[0].line() == "ready" and programs[0].line() == "1"
+    eventually(lambda: len(served.tasks("completed")) == 1)
+    assert len(served.tasks("failed")) == 8 and programs[0].process.poll() is None
+    # Five bytes that look like the begin of a frame, and hide none behind them.
+    (pipe,) = served.pipes.glob("task_c-*")
+    with open(pipe, "wb", buffering=0) as end:
+        end.write(b"\0\0\x0f\xf0{")
+    assert served.communicator().task_send(2).result(TIMEOUT) == 2
+    # Whose claims are gone has lost its life.
+    shutil.rmtree(next(served.queue.glob("claimed/c-*")))
+    future = served.communicator().task_send(3)
+    assert programs[0].process.wait(TIMEOUT) == 1
+    served.child(ECHO, "w1")
+    assert future.result(TIMEOUT) == 3
+    eventually(lambda: not any("c-" in name for name in os.listdir(served.pipes)))
+    eventually(lambda: not list((served.config_path / "pipes").glob("worker_c-*")))
+
+
+@needs_compiler
+def test_rpc_server_in_c_answers_what_has_come_when_it_is_told_to_end(
+    served: Broker, binaries: Path, programs: list[Program]
+) -> None:
+    server = Program(binaries / "rpc_server", served.config_path, "r")
+    programs.append(server)
+    assert server.line() == "ready"
+    (pipe,) = served.pipes.glob("rpc_c-*")
+    with open(pipe, "wb", buffering=0) as end:
+        text = b'{"to":"\\u1","body":1}'
+        end.write(len(text).to_bytes(4, "big") + text)
+    server.stop()
+    caller = served.communicator()
+    futures = [caller.rpc_send("r", number) for number in range(50)]
+    server.process.send_signal(signal.SIGTERM)
+    server.go_on()
+    assert [future.result(TIMEOUT) for future in futures] == list(range(50))
+    assert server.process.wait(TIMEOUT) == 0
+
+
+@needs_compiler
 def test_worker_in_c_beside_one_in_python(served: Broker, binaries: Path, programs: list[Program]) -> None:
     programs.append(Program(binaries / "worker", served.config_path))
     assert programs[0].line() == "ready"
@@ -290,8 +344,13 @@ def test_worker_in_shell(served: Broker) -> None:
     )
     assert subprocess.run(command, check=False, timeout=TIMEOUT).returncode == 0
     assert tricky.result(TIMEOUT).startswith("a task of ")
+    # What it cannot do it leaves to others.
+    for name, text in (("0", "no JSON"), ("1", '{"body":1}'), ("a b", '{"body":1}')):
+        (served.queue / f"task_{name}.json").write_text(text)
+    os.mkfifo(served.queue / "task_2.json")
     served.communicator().task_send("unheard", no_reply=True)
     assert subprocess.run(command, check=False, timeout=TIMEOUT).returncode == 0
-    assert [row["state"] for row in served.tasks()] == ["completed"] * 3
+    assert sorted(row["state"] for row in served.tasks()) == ["completed"] * 3 + ["waiting"] * 3
+    (served.queue / "task_2.json").unlink()
     with contextlib.suppress(FileNotFoundError):
         assert os.listdir(served.queue / "claimed") == []

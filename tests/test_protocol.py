@@ -790,6 +790,20 @@ def test_at_most_64_are_rung_for_and_not_heard_of(served: Broker, worker: Strang
     assert len(names) == len(set(names)) == 64
 
 
+@checks("R4")
+def test_whoever_cannot_claim_what_waits_is_not_rung_for_it_for_ever(served: Broker, worker: Stranger) -> None:
+    future = served.communicator().task_send("cannot be claimed")
+    pipe, rings, end = f"task_{worker.worker_id}", 0, time.monotonic() + 2.0
+    while time.monotonic() < end:
+        ring = worker.next(pipe, 0.2)
+        if ring is not None:
+            rings += 1
+            worker.report(lost=ring["names"])
+    assert 1 <= rings <= 4
+    served.child(ECHO, "w1")
+    assert future.result(TIMEOUT) == "cannot be claimed"
+
+
 @checks("R2")
 def test_what_is_not_claimed_is_offered_to_others(served: Broker, worker: Stranger) -> None:
     future = served.communicator().task_send("waits for nobody")

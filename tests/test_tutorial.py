@@ -39,9 +39,9 @@ def test_nine_steps_and_what_is_still_wrong() -> None:
 def knows_where_a_file_lies(directory: Path) -> bool:
     """Say whether the file system tells where on the disk a file is."""
     (_, text), *_ = [block for block in blocks() if block[1].startswith("# on_disk.py")]
-    script = text + "\n    print(is_on_disk(os.open('probe', os.O_RDWR | os.O_CREAT)))"
+    script = text + "\n    print(has_a_place(os.open('probe', os.O_RDWR | os.O_CREAT)))"
     said = subprocess.run([sys.executable, "-c", script], check=False, cwd=directory, capture_output=True, text=True)
-    return said.returncode == 0 and "disk has them: False" in said.stdout
+    return said.returncode == 0 and "place for them: False" in said.stdout
 
 
 def test_every_block_prints_what_it_says(tmp_path: Path) -> None:

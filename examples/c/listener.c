@@ -20,7 +20,8 @@ int main(int count, char **arguments)
     read_from(&broadcasts, name);
     char *intake = text_of("%s/coordinator_broadcast", pipes);
     open(intake, O_WRONLY | O_NONBLOCK | O_NOFOLLOW | O_CLOEXEC); /* B2: what lies in it outlives the coordinator */
-    char *since = text_of(",\"broadcast\":true,\"listens_since\":%lld.%09lld", now() / 1000000000, now() % 1000000000);
+    long long from = now();
+    char *since = text_of(",\"broadcast\":true,\"listens_since\":%lld.%09lld", from / 1000000000, from % 1000000000);
     come(since);
     free(intake), free(since);
     printf("ready\n");

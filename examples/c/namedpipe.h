@@ -76,48 +76,54 @@ static long long now(void) /* in nanoseconds since the epoch */
 
 /* JSON, as far as a frame needs it: where the value of a field begins and ends, and texts. */
 
-static const char *skip_value(const char *at) /* at the value; to what follows it. NULL: it is cut off */
+static const char *blank(const char *at)
 {
-    int depth = 0;
-    do {
-        if (*at == '"') {
-            for (at++; *at && *at != '"'; at++)
-                if (*at == '\\' && at[1])
-                    at++;
-            if (!*at)
-                return NULL;
-            at++;
-        } else if (*at == '{' || *at == '[') {
-            depth++, at++;
-        } else if (*at == '}' || *at == ']') {
-            depth--, at++;
-        } else if (!*at) {
-            return NULL;
-        } else if (depth || strchr(" \t\r\n", *at)) {
-            at++;
-        } else {
-            at += strcspn(at, ",]} \t\r\n");
-        }
-    } while (depth > 0);
-    return at;
+    return at + strspn(at, " \t\r\n");
 }
 
-static char *field(const char *object, const char *key) /* the JSON of a field, NULL if it is missing (F4) */
+static const char *skip_text(const char *at) /* a JSON text; to what follows it. NULL: it is none */
 {
-    const char *at = strchr(object, '{');
-    while (at && *(at += 1 + strspn(at + 1, " \t\r\n,")) == '"') {
-        const char *name = at + 1, *end = skip_value(at);
-        if (!end || !(at = strchr(end, ':')))
+    if (*at++ != '"')
+        return NULL;
+    for (; *at != '"'; at++) {
+        if ((unsigned char)*at < 0x20)
             return NULL;
-        at += 1 + strspn(at + 1, " \t\r\n");
-        const char *after = skip_value(at);
-        if (!after)
+        if (*at != '\\')
+            continue;
+        if (*++at == 'u' && strspn(at + 1, "0123456789abcdefABCDEF") >= 4)
+            at += 4;
+        else if (!*at || !strchr("\"\\/bfnrt", *at))
             return NULL;
-        if (strlen(key) == (size_t)(end - 1 - name) && !strncmp(name, key, strlen(key)))
-            return strndup(at, after - at);
-        at = after - 1;
     }
-    return NULL;
+    return at + 1;
+}
+
+static const char *skip_value(const char *at, int depth) /* any JSON; to what follows it. NULL: it is none */
+{
+    const char *words[] = {"true", "false", "null", "NaN", "Infinity", "-Infinity"};
+    char *end;
+    if (*at == '"')
+        return skip_text(at);
+    if (*at == '{' || *at == '[') {
+        char open = *at, close = open == '{' ? '}' : ']';
+        for (at = blank(at + 1); *at != close; at = blank(at + 1)) {
+            if (open == '{' && (!(at = skip_text(at)) || *(at = blank(at)) != ':'))
+                return NULL;
+            if (depth > 900 || !(at = skip_value(blank(at + (open == '{')), depth + 1)))
+                return NULL;
+            if (*(at = blank(at)) == close)
+                return at + 1;
+            if (*at != ',' || *blank(at + 1) == close)
+                return NULL;
+        }
+        return at + 1;
+    }
+    for (size_t i = 0; i < sizeof words / sizeof *words; i++)
+        if (!strncmp(at, words[i], strlen(words[i])))
+            return at + strlen(words[i]);
+    if (!strchr("-0123456789", *at) || (strtod(at, &end), end == at))
+        return NULL;
+    return *at ? end : NULL;
 }
 
 static char *utf8(char *to, unsigned long code)
@@ -134,28 +140,50 @@ static char *utf8(char *to, unsigned long code)
 static char *plain(char *json) /* what a JSON text says, in UTF-8; NULL if it is none. Frees it */
 {
     const char *plainly = "\"\\/bfnrt", *meant = "\"\\/\b\f\n\r\t", *found, *at = json;
-    char *text = json && *json == '"' ? malloc(strlen(json) + 1) : NULL, *to = text;
+    char *text = json && *json == '"' && skip_text(json) ? malloc(strlen(json) + 1) : NULL, *to = text;
     while (text && *++at != '"') {
         unsigned code, low = 0;
         if (*at != '\\') {
             *to++ = *at;
-        } else if (*++at == 'u' && sscanf(at + 1, "%4x", &code) == 1) {
+        } else if (*++at == 'u') {
+            sscanf(at + 1, "%4x", &code);
             at += 4;
             if (code >> 10 == 0x36 && sscanf(at + 1, "\\u%4x", &low) == 1) { /* the first half of a pair */
                 at += 6;
                 code = 0x10000 + ((code & 0x3FF) << 10) + (low & 0x3FF);
             }
-            to = utf8(to, code);
-        } else if (*at && (found = strchr(plainly, *at))) {
+            if (!code) /* what C's texts have no room for */
+                free(text), text = NULL;
+            else
+                to = utf8(to, code);
+        } else if ((found = strchr(plainly, *at))) {
             *to++ = meant[found - plainly];
-        } else {
-            free(text), text = NULL;
         }
     }
     if (text)
         *to = 0;
     free(json);
     return text;
+}
+
+static char *field(const char *object, const char *key) /* the JSON of a field; NULL: it is missing (F4), or no object */
+{
+    const char *at = blank(object), *found = NULL, *found_end = NULL, *end = skip_value(at, 0);
+    if (*at != '{' || !end || *blank(end))
+        return NULL;
+    for (at = blank(at + 1); *at == '"'; at = blank(at + 1)) {
+        char name[64] = "", *text;
+        const char *value = blank(1 + blank(skip_text(at)));
+        if ((text = plain(strndup(at, skip_text(at) - at))))
+            snprintf(name, sizeof name, "%s", text);
+        free(text);
+        at = skip_value(value, 0);
+        if (!strcmp(name, key))
+            found = value, found_end = at; /* the last of two, as Python has it */
+        if (*(at = blank(at)) != ',')
+            break;
+    }
+    return found ? strndup(found, found_end - found) : NULL;
 }
 
 /* Files */
@@ -281,7 +309,7 @@ static int tell(const char *name, const char *text) /* write a message into a pi
 
 static char *unpack(struct reader *reader, char *text) /* M2, M3 */
 {
-    char *name = plain(field(text, "body_file"));
+    char *name = strncmp(text, "{\"body_file\":", 13) ? NULL : plain(field(text, "body_file"));
     char *ours = text_of("body_%s.", reader->name);
     if (!name)
         return free(ours), text;
@@ -292,16 +320,41 @@ static char *unpack(struct reader *reader, char *text) /* M2, M3 */
     return message;
 }
 
-static char *next(struct reader *reader, int milliseconds) /* the next message; NULL if none comes in time */
+static int over[2]; /* a pipe: whoever is told to end finds a byte in it (a flag could be set just before `poll`) */
+
+static void end(int number)
+{
+    (void)number;
+    if (write(over[1], "!", 1) < 0)
+        _exit(1);
+}
+
+static void end_by_signals(void)
+{
+    struct sigaction action = {.sa_handler = end, .sa_flags = SA_RESTART};
+    if (pipe(over))
+        die("pipe: %s", strerror(errno));
+    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGINT, &action, NULL);
+}
+
+static int is_over(void)
+{
+    struct pollfd told = {over[0], POLLIN, 0};
+    return over[0] && poll(&told, 1, 0) > 0;
+}
+
+/* the next message; NULL if none comes in time, or we are told to end */
+static char *next(struct reader *reader, int milliseconds)
 {
     for (;;) {
         while (reader->length >= 6) {
             unsigned char *b = reader->bytes;
             size_t length = (size_t)b[0] << 24 | b[1] << 16 | b[2] << 8 | b[3], used = length + 4;
             int is_frame = length >= 2 && used <= PIPE_BUF && b[4] == '{'; /* F1, F2 */
-            if (is_frame && used > reader->length)
+            if (is_frame && used > reader->length && !memchr(b + 4, 0, reader->length - 4))
                 break;
-            char *text = is_frame && !memchr(b + 4, 0, length) ? strndup((char *)b + 4, length) : NULL;
+            char *text = is_frame && used <= reader->length && !memchr(b + 4, 0, length) ? strndup((char *)b + 4, length) : NULL;
             if (!text) { /* F3: to the next zero byte */
                 unsigned char *zero = memchr(b + 1, 0, reader->length - 1);
                 used = zero ? (size_t)(zero - b) : reader->length;
@@ -310,8 +363,8 @@ static char *next(struct reader *reader, int milliseconds) /* the next message; 
             if (text && (text = unpack(reader, text)))
                 return text;
         }
-        struct pollfd ready = {reader->descriptor, POLLIN, 0};
-        if (poll(&ready, 1, milliseconds) <= 0)
+        struct pollfd ready[] = {{reader->descriptor, POLLIN, 0}, {over[0], POLLIN, 0}};
+        if (poll(ready, over[0] ? 2 : 1, milliseconds) <= 0 || !ready[0].revents)
             return NULL;
         ssize_t got = read(reader->descriptor, reader->bytes + reader->length, sizeof reader->bytes - reader->length);
         if (got > 0)
@@ -371,10 +424,13 @@ static void leave(const char *pipe) /* L6: so that nobody has to bury us */
 static void answer(const char *message, const char *kind, const char *value) /* A1 */
 {
     char *to = plain(field(message, "reply_to")), *id = field(message, "correlation_id"), hex[33];
+    int digits = to && !strncmp(to, "reply_", 6) ? strspn(to + 6, "0123456789") : 0;
+    int is_pipe = digits && digits < 20 && to[6 + digits] == '_' && strlen(to + 7 + digits) == 32 &&
+                  strspn(to + 7 + digits, "0123456789abcdef") == 32;
     char *no_reply = field(message, "no_reply"), *dressed = field(message, "dressed");
-    if (to && id && !strncmp(to, "reply_", 6) && !strchr(to, '/') && !(no_reply && !strcmp(no_reply, "true"))) {
+    if (is_pipe && !(no_reply && !strcmp(no_reply, "true"))) {
         int is_dressed = dressed && !strcmp(dressed, "true"); /* F6: what comes back is as it came */
-        char *text = text_of("{\"%s\":%s,\"correlation_id\":%s%s}", kind, value, id, is_dressed ? ",\"dressed\":true" : "");
+        char *text = text_of("{\"%s\":%s,\"correlation_id\":%s%s}", kind, value, id ? id : "null", is_dressed ? ",\"dressed\":true" : "");
         int problem = tell(to, text);
         if (problem == EPIPE)
             problem = tell(to, text); /* its reader may have made it anew */

@@ -6,14 +6,6 @@
  */
 #include "namedpipe.h"
 
-static volatile sig_atomic_t over;
-
-static void end(int number)
-{
-    (void)number;
-    over = 1;
-}
-
 static char *quoted(const char *identifier) /* C2 */
 {
     char *text = malloc(3 * strlen(identifier) + 1), *to = text;
@@ -26,15 +18,23 @@ static char *quoted(const char *identifier) /* C2 */
     return text;
 }
 
+static void serve(char *message, const char *identifier)
+{
+    char *to = message ? plain(field(message, "to")) : NULL, *body = message ? field(message, "body") : NULL;
+    if (body && to && !strcmp(to, identifier))
+        answer(message, "result", body);
+    else if (message)
+        answer(message, "undelivered", "\"nobody here is called so\""); /* C5 */
+    free(message), free(to), free(body);
+}
+
 int main(int count, char **arguments)
 {
     static struct reader calls, answers;
     char name[128];
     if (count < 3)
         die("usage: rpc_server CONFIG IDENTIFIER");
-    struct sigaction action = {.sa_handler = end};
-    sigaction(SIGTERM, &action, NULL);
-    sigaction(SIGINT, &action, NULL);
+    end_by_signals();
     find_directories(arguments[1]);
     lock_id();
     sprintf(name, "rpc_%s", worker_id);
@@ -46,18 +46,12 @@ int main(int count, char **arguments)
         die("%s is taken: %s", arguments[2], strerror(errno));
     printf("ready\n");
     fflush(stdout);
-    while (!over) {
-        char *message = next(&calls, -1), *to, *body;
-        if (!message)
-            continue;
-        to = plain(field(message, "to")), body = field(message, "body");
-        if (body && to && !strcmp(to, arguments[2]))
-            answer(message, "result", body);
-        else
-            answer(message, "undelivered", "\"nobody here is called so\""); /* C5 */
-        free(message), free(to), free(body);
-    }
-    unlink(route); /* L6 */
+    while (!is_over())
+        serve(next(&calls, -1), arguments[2]);
+    unlink(route); /* L6: nobody finds us any more; what has come is answered (C5) */
+    over[0] = 0;
+    for (char *message; (message = next(&calls, 0));)
+        serve(message, arguments[2]);
     leave(name);
     free(id), free(route);
     return 0;

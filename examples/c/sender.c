@@ -24,8 +24,11 @@ static void send_task(const char *body, int number)
         die("%s: %s", path, strerror(errno));
     tell("coordinator_tasks", ring); /* T3, P6 */
     int directory = open(queue, O_RDONLY | O_DIRECTORY);
-    if (directory < 0 || fsync(directory))
-        die("%s: %s", queue, strerror(errno));
+    if (directory < 0 || fsync(directory)) {
+        int problem = errno;
+        if (!unlink(path)) /* T4: nobody has claimed it, and it will not be done */
+            die("%s: %s", queue, strerror(problem));
+    }
     close(directory); /* from here on it is done, whatever happens */
     free(draft), free(path), free(text), free(ring);
 }

@@ -2,18 +2,10 @@
  *
  *     worker CONFIG [SECONDS]
  *
- * CONFIG is the profile's directory; a task takes SECONDS. It prints how each body begins, and ends by SIGTERM or SIGINT when nothing
- * is in its hands.
+ * CONFIG is the profile's directory; a task takes SECONDS. It prints how each body begins, and ends by SIGTERM or SIGINT
+ * when nothing is in its hands.
  */
 #include "namedpipe.h"
-
-static volatile sig_atomic_t over;
-
-static void end(int number)
-{
-    (void)number;
-    over = 1;
-}
 
 static int is_paused(void) /* W3 */
 {
@@ -24,6 +16,14 @@ static int is_paused(void) /* W3 */
     return found;
 }
 
+static void report(const char *became, const char *name) /* R3, R4 */
+{
+    char *text = text_of("{\"type\":\"report\",\"worker\":\"%s\",\"reply\":\"%s\",\"queue\":\"\",\"%s\":[\"%s\"]}", worker_id,
+                         reply, became, name);
+    tell("coordinator_tasks", text);
+    free(text);
+}
+
 static const char *work(const char *name, int seconds) /* what the report says of it */
 {
     char *waiting = text_of("%s/task_%s.json", queue, name), *message = NULL, *body = NULL;
@@ -31,7 +31,13 @@ static const char *work(const char *name, int seconds) /* what the report says o
     char *failed = text_of("%s/failed/task_%s.json", queue, name);
     char *completed = text_of("%s/completed/task_%s.json", queue, name);
     const char *became = "lost";
-    if (is_paused() || rename(waiting, ours)) { /* W2: somebody else has it */
+    if (is_paused())
+        goto done;
+    if (rename(waiting, ours)) { /* W2: somebody else has it */
+        char *lock = text_of("%s/claimed/%s/lock", queue, worker_id);
+        if (access(lock, F_OK)) /* or our claims are gone, and our life with them (L7) */
+            die("%s: %s", lock, strerror(errno));
+        free(lock);
         goto done;
     }
     if (is_paused()) {
@@ -42,12 +48,15 @@ static const char *work(const char *name, int seconds) /* what the report says o
     became = "done";
     message = read_file(ours);
     if (!message || !(body = field(message, "body"))) { /* W4 */
-        if (message)
+        if (message) /* if it is JSON at all; its end is not searched for whom to tell */
             answer(message, "exception", "\"it is not a task: it has no body\"");
         rename(ours, failed);
         goto done;
     }
-    sleep(seconds);
+    if (seconds)
+        report("claimed", name); /* R4 */
+    for (int left = seconds; left; left = sleep(left))
+        ;
     printf("%.60s\n", body);
     fflush(stdout);
     answer(message, "result", body); /* W5: its outcome first */
@@ -58,14 +67,6 @@ done:
     return became;
 }
 
-static void report(const char *became, const char *name) /* R3, R4 */
-{
-    char *text = text_of("{\"type\":\"report\",\"worker\":\"%s\",\"reply\":\"%s\",\"queue\":\"\",\"%s\":[\"%s\"]}", worker_id,
-                         reply, became, name);
-    tell("coordinator_tasks", text);
-    free(text);
-}
-
 static int is_safe(const char *name) /* what comes in a message and is to be part of a path */
 {
     return *name && strspn(name, "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz.-") == strlen(name);
@@ -74,7 +75,7 @@ static int is_safe(const char *name) /* what comes in a message and is to be par
 static void rung(const char *names, int seconds) /* ["name", ...] */
 {
     for (const char *at = names + 1; (at = strchr(at, '"'));) {
-        const char *after = skip_value(at);
+        const char *after = skip_text(at);
         char *name = after ? plain(strndup(at, after - at)) : NULL;
         if (!name)
             return;
@@ -92,9 +93,7 @@ int main(int count, char **arguments)
     if (count < 2)
         die("usage: worker CONFIG [SECONDS]");
     int seconds = count > 2 ? atoi(arguments[2]) : 0;
-    struct sigaction action = {.sa_handler = end};
-    sigaction(SIGTERM, &action, NULL);
-    sigaction(SIGINT, &action, NULL);
+    end_by_signals();
     find_directories(arguments[1]);
     lock_id();
     sprintf(name, "task_%s", worker_id);
@@ -103,8 +102,8 @@ int main(int count, char **arguments)
     come(",\"queues\":{\"\":1}"); /* one at a time */
     printf("ready\n");
     fflush(stdout);
-    while (!over) {
-        char *message = next(&rings, -1); /* it ends when a signal comes */
+    while (!is_over()) {
+        char *message = next(&rings, -1);
         char *names = message ? field(message, "names") : NULL;
         if (names && *names == '[')
             rung(names, seconds);
