@@ -287,8 +287,7 @@ class Engine:
             # What the recipient wrote before it died is in our pipe by now, or on the disk.
             self._pipes.drain(self.reply)
             self._find_bodies()
-            error = kiwipy.DeliveryFailed("the recipient died or closed before it answered")
-            fail = functools.partial(self.calls.fail, writer, error)
+            fail = functools.partial(self.calls.fail, writer, kiwipy.DeliveryFailed("the recipient died or closed"))
             if self.codec.runs_user_code:
                 self.decoding.put(fail)  # After the answers that are still being decoded.
             else:
