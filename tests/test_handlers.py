@@ -494,6 +494,7 @@ for number in range(30):
     caller.close()
     for thread in threads:
         thread.join()
+server.close()
 print(sorted(set(wrong)))
 """
 
