@@ -163,13 +163,19 @@ def _status(options: argparse.Namespace) -> Answer:
             return 0 if said["running"] else NOT_RUNNING
         if sys.stdout is not None and sys.stdout.isatty():
             lines = list(words.bars(said, colour="NO_COLOR" not in os.environ))
-            size = shutil.get_terminal_size()
+            _, height = _screen()
             # Each line is written over the last one, and what is below it removed, so that nothing flickers.
-            yield "\033[H" + "".join(f"{line}\033[K\n" for line in lines[: size.lines - 1]) + "\033[J", said
+            yield "\033[H" + "".join(f"{line}\033[K\n" for line in lines[: height - 1]) + "\033[J", said
         else:
             yield words.one_line(said), said
         # A person watches, once a second.
         select.select([], [], [], 1.0)
+
+
+def _screen() -> tuple[int, int]:
+    """Return the terminal's columns and lines; one that says 0, as a new one does, is taken for the usual one."""
+    size = shutil.get_terminal_size()
+    return size.columns or 80, size.lines or 24  # Before 3.11, Python hands a 0 on.
 
 
 def _pause(options: argparse.Namespace) -> Answer:
@@ -224,8 +230,8 @@ def _tasks(options: argparse.Namespace) -> Answer:
 
 def _show(options: argparse.Namespace) -> Answer:
     said = control_tasks.show(options.directory, options.task_id)
-    size = shutil.get_terminal_size()
-    yield words.task(said, None if options.full else (size.lines - 12, size.columns)), said
+    width, height = _screen()
+    yield words.task(said, None if options.full else (height - 12, width)), said
     return 0
 
 

@@ -632,7 +632,13 @@ signal.pause()
     with pytest.raises(kiwipy.RemoteException, match=reason):
         pending.result(TIMEOUT)
     (row,) = control_tasks.tasks(served.config_path)
-    assert (row["state"], row["outcome"]) == ("failed", reason)
+    # Its sender is told before the task is moved.
+    eventually(
+        lambda: (
+            [(each["state"], each["outcome"]) for each in control_tasks.tasks(served.config_path)]
+            == [("failed", reason)]
+        )
+    )
     got = threading.Event()
     sender.add_task_subscriber(lambda _, body: got.set())
     served.run("requeue", row["id"])

@@ -378,7 +378,7 @@ for number in range(60):
         future.result(20)
     made.close()
 # What was interrupted before it was begun stays in Python's list, and never runs.
-left = [each for each in threading.enumerate() if each is not threading.main_thread() and each.ident is not None]
+left = [each for each in threading.enumerate() if each is not threading.main_thread() and each.is_alive()]
 for thread in left:
     thread.join(5)
 print("at once", worst, "left", sum(thread.is_alive() for thread in left))

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import termios
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,9 @@ class Terminal:
 
     def until(self, text: str) -> str:
         """Return all that is shown up to a text, or at the end."""
+        deadline = time.monotonic() + TIMEOUT
         while not text or text not in self.shown:
-            ready, _, _ = select.select([self._descriptor], [], [], TIMEOUT)
+            ready, _, _ = select.select([self._descriptor], [], [], max(0.0, deadline - time.monotonic()))
             assert ready, f"{text!r} is not shown: {self.shown!r}"
             try:
                 data = os.read(self._descriptor, 65536)
