@@ -44,8 +44,8 @@ def broker(tmp_path: Path) -> Iterator[Broker]:
         if layout is not None:
             # What a worker left that died without a coordinator is for whoever comes next.
             burial.clean_up(layout)
-        for claims in made.queue.rglob("claimed"):
-            assert sorted(claims.iterdir()) == []
+        for path, below, beside in os.walk(made.queue):  # Some tests leave what cannot be looked at.
+            assert below + beside == [] or os.path.basename(path) != "claimed"
     finally:
         made.stack.close()
         if made.pipes.is_dir() and not made.pipes.is_symlink():
