@@ -2,11 +2,12 @@
 
 Strategy: AiiDA gets a `PipeCommunicator` that differs from the plain one in three things. What JSON lacks goes through
 AiiDA's own serializer; where a process would be lost over a moment without room, it gets the one error that it takes
-for passing; and a coordinator that is needed and not running is started.
+for passing; and a coordinator that is needed and not running is started, and lives as long as it is needed.
 
 Rules:
 - A task that was accepted is never reported as refused: whatever fails after that is a warning in AiiDA's log.
-- Making a `PipeBroker` starts and makes nothing, as many commands only look at it.
+- Making a `PipeBroker` starts and makes nothing, as many commands only look at it; nor does ``verdi status``, which is
+  told that no coordinator serves by the one way it knows, an error.
 - Nothing here is needed without AiiDA, and nothing else in the project imports it but when asked for `PipeBroker`, or
   to configure a profile.
 - Not imported at the top: ``aiida.orm.utils.serialize``, which takes 0.8 s where AiiDA's other modules that stand there
@@ -19,12 +20,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import kiwipy
 from aiida.brokers import broker as base
 from aiida.common.exceptions import ConfigurationError, EntryPointError
@@ -32,17 +36,22 @@ from aiida.manage.configuration import get_config
 from aiida.plugins import BrokerFactory
 
 if TYPE_CHECKING or not __package__:
+    import control_profiles
     import directories
     import pipebroker
     import presence
     import taskqueue
 else:
-    from . import directories, pipebroker, presence, taskqueue
+    from . import control_profiles, directories, pipebroker, presence, taskqueue
 
 __all__ = ("PipeBroker", "configure")
 
+NAME = "core.namedpipe"
+"""What AiiDA's profiles call it, copied into AiiDA or as a plugin."""
 _SERIALIZED = "aiida.orm.utils.serialize"
 _REVIVE_SECONDS = 1.0
+IDLE_SECONDS = 300
+"""For how long a coordinator that was started here serves on where no communicator is."""
 
 # A name below AiiDA's own, whatever this module is called, so that it goes where AiiDA's log goes.
 _LOGGER = logging.getLogger("aiida.broker.namedpipe")
@@ -52,8 +61,10 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
     """AiiDA's way to the named pipes.
 
     A coordinator that is not running is started by whoever asks for a communicator, and one that has died also by
-    whoever sends a task or a broadcast. One that was stopped in an orderly way stays stopped until somebody asks. With
-    ``process_control.config.autostart`` false, all of that is left to the user.
+    whoever sends a task or a broadcast. One that was stopped in an orderly way stays stopped until somebody asks. Of an
+    older version, it is replaced when the first task subscriber comes. It ends when nobody has been there for
+    ``process_control.config.idle`` seconds. With ``process_control.config.autostart`` false, all of that is left to the
+    user.
     """
 
     if hasattr(base, "BrokerConfigField"):
@@ -64,6 +75,13 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
                 help="Whether a coordinator is started when it is needed and not running.",
                 default=True,
                 param_type="bool",
+            ),
+            base.BrokerConfigField(
+                name="idle",
+                prompt="Seconds after which a coordinator that nobody uses ends (0: never)",
+                help="For how many seconds a coordinator that was started so serves on where nobody is; 0: for ever.",
+                default=IDLE_SECONDS,
+                param_type="int",
             ),
         )
 
@@ -86,16 +104,22 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
         return f"Named pipes @ {self.config_path}: {running}, {tasks}"
 
     def get_communicator(self) -> pipebroker.PipeCommunicator:
-        """Return the communicator; make it first, and start a coordinator, where necessary."""
+        """Return the communicator; make it first, and start a coordinator, where necessary.
+
+        :raises ConnectionError: ``verdi status`` asks, and no coordinator serves.
+        """
+        if _only_looks() and not self.check_service_reachable():
+            raise ConnectionError(
+                f"no coordinator serves, so tasks wait on the disk: start one by '{self._command} start'"
+            )
+        # Before it is looked for: one that is about to end as nobody is there sees this, or is not found any more.
         communicator = self._connect()
         if not self.check_service_reachable():
             if self._autostart:
-                self._start_coordinator()
+                self._start_coordinator(self._idle)
             else:
                 _LOGGER.warning(
-                    "The coordinator is not running, so tasks wait on the disk. Start it with "
-                    "`verdi coordinator start` or `aiida-coordinator --profile %s start`.",
-                    self._profile.name,
+                    "The coordinator is not running, so tasks wait on the disk. Start it by '%s start'.", self._command
                 )
         return communicator
 
@@ -141,7 +165,7 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
             if self._has_died() and self._autostart and time.monotonic() - self._revived > _REVIVE_SECONDS:
                 self._revived = time.monotonic()
                 # On a thread, as whoever sends may be a worker's event loop.
-                threading.Thread(target=self._start_coordinator, daemon=True).start()
+                threading.Thread(target=self._start_coordinator, args=(self._idle,), daemon=True).start()
         except Exception as error:
             _LOGGER.warning("Perhaps no coordinator runs, and without one tasks wait on the disk: %s", error)
 
@@ -151,26 +175,48 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
             return False
         return (layout.registry / "coordinator.json").exists()
 
+    def renew(self) -> None:
+        """Replace a coordinator of an older version, which may not know what this one does. Nothing is raised."""
+        try:
+            layout = directories.locate(self.config_path)
+            said = presence.coordinator(layout) if layout is not None else None
+            # One that has said nothing yet is just starting, and is of today.
+            if said is None or "since" not in said or not self._autostart or not _is_older(said.get("version")):
+                return
+            _LOGGER.info("The coordinator has version %s, and is replaced", said.get("version") or "unknown")
+            _control().stop(self.config_path, said["pid"])
+            # An older one that does not say so has been started here.
+            self._start_coordinator(said.get("idle", self._idle))
+        except Exception as error:
+            _LOGGER.warning("The coordinator is of an older version, and cannot be replaced: %s", error)
+
     @property
     def _autostart(self) -> bool:
         return bool((self._profile.process_control_config or {}).get("autostart", True))
 
+    @property
+    def _idle(self) -> float | None:
+        seconds = (self._profile.process_control_config or {}).get("idle", IDLE_SECONDS)
+        return seconds if isinstance(seconds, int | float) and seconds > 0 else None
+
+    @property
+    def _command(self) -> str:
+        return control_profiles.command(self._profile.name, self.config_path)
+
     def _connect(self) -> _BrokerCommunicator:
         if self._communicator is None or self._communicator.is_closed():
-            self._communicator = _BrokerCommunicator(self._profile, self.config_path, self.revive)
+            self._communicator = _BrokerCommunicator(self._profile, self.config_path, self.revive, self.renew)
         return self._communicator
 
-    def _start_coordinator(self) -> None:
+    def _start_coordinator(self, idle: float | None) -> None:
         try:
-            if TYPE_CHECKING or not __package__:
-                import control
-            else:
-                from . import control
-            layout = directories.establish(self._profile.name, self.config_path)
+            layout = directories.establish(
+                self._profile.name, self.config_path, control_profiles.uuid(self.config_path)
+            )
             # However many want to start one, one does, and the others find it running.
             try:
                 if presence.coordinator(layout) is None:
-                    control.start(self._profile.name, self.config_path)
+                    _control().start(self._profile.name, self.config_path, idle=idle)
             except presence.CoordinatorError:
                 if presence.coordinator(layout) is None:
                     raise
@@ -179,18 +225,49 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
             _LOGGER.warning("The coordinator could not be started, so tasks wait on the disk: %s", error)
 
 
+def _control() -> Any:
+    if TYPE_CHECKING or not __package__:
+        import control
+    else:
+        from . import control
+    return control
+
+
+def _only_looks() -> bool:
+    """Say whether this is ``verdi status``."""
+    context = click.get_current_context(silent=True)
+    if context is None or context.parent is None or context.parent.parent is not None:
+        return False
+    return (context.parent.command.name, context.command.name) == ("verdi", "status")
+
+
+def _is_older(version: object) -> bool:
+    def number(text: object) -> list[int]:
+        return [int(part) for part in re.findall(r"\d+", str(text or ""))]
+
+    return number(version) < number(directories.VERSION)
+
+
 class _BrokerCommunicator(pipebroker.PipeCommunicator):
     """A communicator in the hands of plumpy, which lets a process except on anything but a `kiwipy.TimeoutError`."""
 
-    def __init__(self, profile: Any, config_path: Path, revive: Callable[[], None]) -> None:
+    def __init__(self, profile: Any, config_path: Path, revive: Callable[[], None], renew: Callable[[], None]) -> None:
         super().__init__(
             profile.name,
             config_path,
             task_prefetch_count=get_config().get_option("daemon.worker_process_slots", scope=profile.name),
             encoder=_encode,
             decoder=_decode,
+            profile_uuid=control_profiles.uuid(config_path),
         )
         self._revive = revive
+        self._renew = renew
+
+    def add_task_subscriber(self, subscriber: Callable[..., Any], identifier: Any = None) -> Any:
+        """Do what `PipeCommunicator.add_task_subscriber` does, and see to it that the coordinator is as new as this."""
+        identifier = super().add_task_subscriber(subscriber, identifier)
+        self._renew()
+        return identifier
 
     def task_send(self, task: Any, no_reply: bool = False) -> kiwipy.Future | None:
         """Do what `PipeCommunicator.task_send` does, and see to it that there is somebody to share the task out."""
@@ -242,24 +319,39 @@ def _decode(mapping: dict[str, Any]) -> Any:
     return serialize.deserialize_unsafe(mapping[_SERIALIZED])
 
 
-def configure(profile_name: str, *, autostart: bool = True) -> None:
+def configure(
+    profile_name: str, config_path: Path, *, autostart: bool = True, idle: float = IDLE_SECONDS
+) -> bool | None:
     """Point an AiiDA profile at this broker.
 
+    :param config_path: the profile's directory, which is to be AiiDA's own.
     :param autostart: whether a coordinator is started when it is needed and not running.
+    :param idle: for how many seconds one that was started so serves on where nobody is; 0: for ever.
+    :return: whether the profile's daemon runs; `None` if that cannot be known.
     :raises RuntimeError: AiiDA cannot find this broker, or the profile.
     """
-    name = "core.namedpipe" if __name__.startswith("aiida.") else "namedpipe"
     try:
-        BrokerFactory(name)
+        BrokerFactory(NAME)
     except EntryPointError as error:
         raise RuntimeError(
-            f"AiiDA does not know the broker '{name}': run 'pip install .' or vendor.py first ({error})"
+            f"AiiDA does not have one broker '{NAME}': run 'pip install .' or vendor.py, but not both ({error})"
         ) from error
     try:
         config = get_config()
         profile = config.get_profile(profile_name)
     except (ConfigurationError, AttributeError, TypeError, KeyError) as error:  # The latter, if it is edited by hand.
         raise RuntimeError(f"AiiDA's configuration cannot be read: {error}") from error
-    profile.set_process_controller(name=name, config={"autostart": autostart})
+    own = Path(config.dirpath, "profiles", profile_name)
+    if os.path.realpath(own) != os.path.realpath(config_path):
+        raise RuntimeError(
+            f"{config_path} is not where AiiDA has this profile, which is {own}: AIIDA_PATH chooses that"
+        )
+    profile.set_process_controller(name=NAME, config={"autostart": autostart, "idle": idle})
     config.update_profile(profile)
     config.store()
+    try:
+        from aiida.engine.daemon.client import DaemonClient  # Half a second, for this alone.
+
+        return bool(DaemonClient(profile).is_daemon_running)
+    except Exception:
+        return None

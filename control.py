@@ -14,7 +14,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import fcntl
-import json
 import os
 import select
 import subprocess
@@ -26,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or not __package__:
     import burial
+    import control_profiles
     import directories
     import fifo
     import files
     import presence
     import taskqueue
 else:
-    from . import burial, directories, fifo, files, presence, taskqueue
+    from . import burial, control_profiles, directories, fifo, files, presence, taskqueue
 
 STATES = tuple(taskqueue.PLACES)
 _NAMED = "queues/"
@@ -45,11 +45,15 @@ class TimedOut(presence.CoordinatorError):
 
 
 def start(
-    profile_name: str, config_path: str | os.PathLike[str], warn: Callable[[str], object] = lambda warning: None
+    profile_name: str,
+    config_path: str | os.PathLike[str],
+    warn: Callable[[str], object] = lambda warning: None,
+    idle: float | None = None,
 ) -> int:
     """Start a coordinator in the background, and wait until it serves.
 
     :param warn: told what it cannot do though it serves.
+    :param idle: for how many seconds it serves on where no communicator is; `None`: as long as it may.
     :return: its pid.
     :raises presence.CoordinatorError: it did not start; the message says why.
     """
@@ -57,6 +61,20 @@ def start(
     script = Path(__file__).absolute().with_name("coordinator.py")
     command = [sys.executable, str(script), f"--profile={profile_name}"]
     command += [f"--config-path={os.path.abspath(config_path)}"]
+    command += [f"--idle={idle}"] if idle is not None else []
+    said = _launch(command)
+    if not said.startswith("ready "):
+        raise presence.CoordinatorError(
+            said.strip() or "the coordinator ended before it served: coordinator.log beside the queue may say why"
+        )
+    _, pid, *warnings = said.strip().split(" ", 2)
+    for warning in warnings:
+        warn(warning)
+    return int(pid)
+
+
+def _launch(command: list[str]) -> str:
+    """Run a coordinator of its own session; return what it says when it serves, or cannot."""
     with contextlib.ExitStack() as stack:
         read_end, write_end = _pipe()
         answer = stack.enter_context(open(read_end, errors="surrogateescape"))
@@ -72,14 +90,7 @@ def start(
             )
         said = answer.readline()
     process.wait()
-    if not said.startswith("ready "):
-        raise presence.CoordinatorError(
-            said.strip() or "the coordinator ended before it served: coordinator.log beside the queue may say why"
-        )
-    _, pid, *warnings = said.strip().split(" ", 2)
-    for warning in warnings:
-        warn(warning)
-    return int(pid)
+    return said
 
 
 def _pipe() -> tuple[int, int]:
@@ -93,15 +104,16 @@ def _pipe() -> tuple[int, int]:
     return read_end, write_end
 
 
-def stop(config_path: str | os.PathLike[str]) -> int | None:
+def stop(config_path: str | os.PathLike[str], only: int | None = None) -> int | None:
     """Stop the coordinator of a configuration, and wait until it is gone.
 
+    :param only: the pid of the one that is meant; `None`: whichever runs.
     :return: its pid; `None` if none was running.
     :raises presence.CoordinatorError: it is another user's, or has not ended within 12 seconds.
     """
     layout = directories.locate(config_path)
     pid = presence.coordinator_pid(layout) if layout is not None else None
-    if layout is None or pid is None:
+    if layout is None or pid is None or only not in (None, pid):
         return None
     if os.lstat(layout.queue / "coordinator.lock").st_uid != os.geteuid():
         raise presence.CoordinatorError(f"the coordinator (pid {pid or '?'}) is another user's: stop it as that user")
@@ -203,6 +215,7 @@ def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
         "running": bool(said),
         "pid": said.get("pid"),
         "since": said.get("since"),
+        "idle": said.get("idle"),
         "coordinator_version": said.get("version"),
         "version_here": directories.VERSION,
         "format": directories.read_format(config_path).get("format"),
@@ -218,12 +231,12 @@ def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
-def configure(profile_name: str, *, autostart: bool = True) -> None:
-    """Point an AiiDA profile at this broker.
+def configure(profile_name: str, config_path: Path, **settings: Any) -> bool | None:
+    """Point an AiiDA profile at this broker, as `aiidabroker.configure` does.
 
-    :param autostart: whether a coordinator is started when it is needed and not running.
+    :return: whether the profile's daemon runs; `None` if that cannot be known.
     :raises presence.CoordinatorError: AiiDA is not installed here.
-    :raises RuntimeError: AiiDA cannot find this broker.
+    :raises RuntimeError: AiiDA cannot find this broker, or the profile.
     """
     # The one command that needs AiiDA; nothing else here may, as that takes long to import.
     try:
@@ -231,7 +244,7 @@ def configure(profile_name: str, *, autostart: bool = True) -> None:
             import aiidabroker
         else:
             from . import aiidabroker
-        aiidabroker.configure(profile_name, autostart=autostart)
+        return aiidabroker.configure(profile_name, config_path, **settings)
     except ImportError as error:
         raise presence.CoordinatorError(f"AiiDA is not installed here: {error}") from error
 
@@ -257,12 +270,9 @@ def expect(config_path: Path) -> None:
 
     :raises presence.CoordinatorError: it is none, as far as can be known.
     :raises OSError: it cannot be looked at.
+    :raises ValueError: AiiDA's configuration is not one.
     """
-    if directories.locate(config_path) is None and not config_path.is_dir():
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            known = json.loads(files.read(config_path.parent.parent / "config.json"))["profiles"]  # AiiDA's.
-            if config_path.name in known:
-                return
+    if directories.locate(config_path) is None and not config_path.is_dir() and not control_profiles.of(config_path):
         find(config_path)
 
 

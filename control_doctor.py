@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING or not __package__:
     import control
+    import control_profiles
     import directories
     import files
     import presence
     import strangers
     import taskqueue
 else:
-    from . import control, directories, files, presence, strangers, taskqueue
+    from . import control, control_profiles, directories, files, presence, strangers, taskqueue
 
 _NETWORK = re.compile(
     r"nfs4?|cifs|smb3|smbfs|afs|ceph|lustre|gpfs|beegfs|glusterfs|fuse\.(sshfs|glusterfs)|9p|afpfs|webdav"
@@ -69,7 +70,7 @@ def examine(config_path: str | os.PathLike[str]) -> list[Finding]:
 
 
 def _directories(layout: directories.Layout) -> Iterator[Finding]:
-    directories.check(layout)
+    directories.check(layout, control_profiles.uuid(layout.config_path))
     queues = [each.directory for each in control.queues(layout).values()]
     states = (queue / state for queue in queues for state in ("claimed", "completed", "failed"))
     for directory in (layout.config_path, layout.queue, layout.registry, layout.pipes, *queues, *states):

@@ -12,7 +12,6 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or not __package__:
     import control
+    import control_profiles
     import directories
     import files
     import presence
     import strangers
 else:
-    from . import control, directories, files, presence, strangers
+    from . import control, control_profiles, directories, files, presence, strangers
 
 
 def installations() -> list[dict[str, Any]]:
@@ -55,32 +55,14 @@ def _row(layout: directories.Layout) -> dict[str, Any]:
 
 
 def _of_aiida() -> Iterator[Path]:
-    """Yield the directories of the profiles that AiiDA knows (aiida.manage.configuration.settings says where)."""
-    for path in (os.environ.get("AIIDA_PATH") or "~").split(":"):
-        directory = Path(os.path.expanduser(path))
-        directory = directory if directory.name == ".aiida" else directory / ".aiida"
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            said = json.loads(files.read(directory / "config.json"))
-            profiles = said.get("profiles") if isinstance(said, dict) else None
-            for name in profiles if isinstance(profiles, dict) else ():
-                with contextlib.suppress(OSError, ValueError):  # A name that can be no directory's.
-                    yield Path(os.path.realpath(directory / "profiles" / name))
-
-
-def communicators(layout: directories.Layout) -> list[int]:
-    """Return the pids of the processes that have a communicator here, senders included: 0 for one that is not known.
-
-    Those whose reply pipes are read, and workers, whose pipes somebody may have removed, by the locks of their ids.
-    """
-    names = (name for name in files.listed(layout.pipes) if directories.is_reply_pipe(name))
-    pids = {int(name.split("_")[1]) for name in names if directories.is_read(layout.pipes / name)}
-    for worker_id in filter(directories.is_worker_id, files.listed(layout.queue / "claimed")):
-        if presence.is_alive(layout, worker_id):
-            with contextlib.suppress(OSError, ValueError):
-                pids.add(presence.Worker.read(layout.entry(worker_id)).pid)
-                continue
-            pids.add(0)
-    return sorted(pids)
+    """Yield the directories of the profiles that AiiDA knows."""
+    with contextlib.suppress(OSError, ValueError):
+        profiles = control_profiles.read(control_profiles.aiidas_directory())
+        if profiles is None:
+            return
+        for name in profiles.known:
+            with contextlib.suppress(OSError, ValueError):  # A name that can be no directory's.
+                yield Path(os.path.realpath(profiles.path(name)))
 
 
 def delete(config_path: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]:
@@ -125,7 +107,7 @@ def _remove(directory: Path, strange: set[str]) -> list[Path]:
 
 
 def _refuse_inhabited(layout: directories.Layout) -> None:
-    pids = communicators(layout)
+    pids = sorted(set(presence.communicators(layout)))
     if pids:
         some = ", ".join(str(pid or "?") for pid in pids[:10]) + (
             f" and {len(pids) - 10} more" if len(pids) > 10 else ""

@@ -56,7 +56,8 @@ def status(answer: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of ``status``."""
     if answer["running"]:
         version, pid = answer["coordinator_version"] or "unknown", answer["pid"] or "?"
-        yield f"Coordinator: running, pid {pid}, since {local_time(answer['since'])}, version {version}"
+        ends = f", ends when nobody has been here for {answer['idle']} s" if answer["idle"] is not None else ""
+        yield f"Coordinator: running, pid {pid}, since {local_time(answer['since'])}, version {version}{ends}"
     else:
         yield "Coordinator: not running"
     if answer["paused"]:

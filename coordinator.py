@@ -12,6 +12,8 @@ Rules:
 - The intakes outlive the coordinator: what comes while there is none lies there for the next one.
 - Every ten seconds, in steps, it looks for what no event told it of. What cannot be done is said, and the rest is.
 - Whose lock file is gone, or whose pipes directory is another's, says so and ends: the next start finds its way.
+- One that nobody has started by hand ends where no communicator is any more. It looks for one last time when it has let
+  go of everything: who comes and finds no lock starts another, and who found one is found.
 
 This module knows neither kiwipy nor AiiDA, nor what a body says.
 """
@@ -65,10 +67,11 @@ _LOGGER = logging.getLogger("coordinator")
 class PipeCoordinator:
     """Shares out tasks and fans out broadcasts for one configuration, until it is told to stop."""
 
-    def __init__(self, profile_name: str, config_path: str | os.PathLike[str]) -> None:
+    def __init__(self, profile_name: str, config_path: str | os.PathLike[str], idle: float | None = None) -> None:
         """
         :param profile_name: the name of the profile; it names the pipes directory.
         :param config_path: the profile's configuration directory.
+        :param idle: for how many seconds it serves on where no communicator is; `None`: as long as it may.
         :raises presence.CoordinatorError: another one runs for this configuration.
         :raises directories.DirectoryRefused: a directory is not safe to use, or cannot be used.
         :raises ValueError: the profile name cannot be used.
@@ -89,6 +92,7 @@ class PipeCoordinator:
         self._refused: directories.DirectoryRefused | None = None
         """Why it can serve nobody any more."""
         self._since = time.time()
+        self.company = Company(self.layout, idle)
         self._written = ""
         self._strangers: set[str] = set()
         """What was there at the last look and is none of ours."""
@@ -187,7 +191,8 @@ class PipeCoordinator:
 
     def _write_entry(self) -> None:
         entry = {"profile": self.profile_name, "pid": os.getpid(), "since": self._since, "version": directories.VERSION}
-        text = json.dumps({**entry, "pipes": str(self.layout.pipes), "dropped": self._peers.dropped()}, indent=1)
+        entry |= {"idle": self.company.patience, "pipes": str(self.layout.pipes), "dropped": self._peers.dropped()}
+        text = json.dumps(entry, indent=1)
         path = self.layout.registry / "coordinator.json"
         if text != self._written or not path.exists():
             files.write_whole(path, text.encode())
@@ -259,6 +264,7 @@ class PipeCoordinator:
     def _chores(self) -> Iterator[None]:
         chores: tuple[Callable[[], Iterator[None] | None], ...] = (
             self._look_at_self,
+            self._look_for_company,
             self._peers.look,
             self._queues.look,
             self._sweep,
@@ -283,6 +289,10 @@ class PipeCoordinator:
             return
         self._intakes.look()
 
+    def _look_for_company(self) -> None:
+        if self.company.is_missed() and not self._stopping:
+            self.end(f"itself: no communicator has been here for {self.company.patience:g} s")
+
     def _sweep(self) -> Iterator[None]:
         for removed in burial.sweep(self.layout):
             if removed:
@@ -303,6 +313,37 @@ class PipeCoordinator:
             _LOGGER.warning("Passed over, as it is none of ours: %s%s", some, more)
 
 
+class Company:
+    """The communicators that are here, senders included: without any, whom nobody has started by hand may end."""
+
+    def __init__(self, layout: directories.Layout, patience: float | None) -> None:
+        """
+        :param patience: for how many seconds their absence is borne; `None`: for ever.
+        """
+        self.patience = patience
+        self._layout = layout
+        self._seen = time.monotonic()
+        self._missed = False
+
+    def is_missed(self) -> bool:
+        """Look for them; say whether they have been away for too long."""
+        if self.patience is not None and not self._is_here():
+            self._missed = time.monotonic() - self._seen >= self.patience
+        else:
+            self._seen = time.monotonic()
+        return self._missed
+
+    def has_come_back(self) -> bool:
+        """Say whether one that was missed is here: it found a coordinator that was about to end."""
+        return self._missed and self._is_here()
+
+    def _is_here(self) -> bool:
+        try:
+            return any(True for _ in presence.communicators(self._layout))
+        except OSError:
+            return True  # The kernel did not say.
+
+
 @contextlib.contextmanager
 def _said(what: str) -> Iterator[None]:
     try:
@@ -311,49 +352,68 @@ def _said(what: str) -> Iterator[None]:
         _LOGGER.error("%s: %s: %s", what, type(error).__name__, error)
 
 
-def serve(profile_name: str, config_path: Path, ready: int | None = None) -> None:
+def serve(
+    profile_name: str,
+    config_path: Path,
+    *,
+    profile_uuid: str | None = None,
+    idle: float | None = None,
+    ready: int | None = None,
+) -> None:
     """Serve in the foreground until a signal ends it (``service.py``).
 
+    :param profile_uuid: what tells this profile from another one that had its name; `None` matches all.
+    :param idle: for how many seconds it serves on where no communicator is; `None`: as long as it may.
     :param ready: a descriptor for whoever waits in another process; this one then goes to the background. It is told
         ``ready {pid} {warning}``, or why it does not serve, and is closed.
     :raises presence.CoordinatorError: another one runs for this configuration.
     :raises OSError: a directory, the log or a pipe cannot be used (`directories.DirectoryRefused` among them).
     :raises ValueError: the profile name cannot be used.
     """
-    waiting = [] if ready is None else [ready]
-
-    def say(text: str) -> None:
-        # Once, as its number may be another file's afterwards; and whoever waited may be gone.
-        while waiting:
-            descriptor = waiting.pop()
-            with contextlib.suppress(BrokenPipeError):
-                # One line, as somebody who was forked meanwhile may keep the other end open.
-                os.write(descriptor, text.replace("\n", " ").encode(errors="surrogateescape") + b"\n")
-            os.close(descriptor)
-
+    starter = _Starter(ready)
     try:
         if ready is not None and os.fork():
             os._exit(0)  # It is nobody's child: it outlives whoever started it, and whoever kills all its children.
         if ready is not None:
             # What waits there, if anything does, waits for word of whoever has started us.
             os.environ.pop("NOTIFY_SOCKET", None)
-        _serve(profile_name, config_path, say, terminal=ready is None)
+        # Before it has its lock, which would be taken for that of one that serves.
+        layout = directories.establish(profile_name, config_path, profile_uuid)
+        while _serve(profile_name, layout, idle, starter).has_come_back():
+            pass
     except Exception as error:
-        say(files.told(error))
+        starter.tell(files.told(error))
         raise
 
 
-def _serve(profile_name: str, config_path: Path, say: Callable[[str], None], *, terminal: bool) -> None:
+class _Starter:
+    """Whoever has started us, and waits in another process to hear whether we serve; it hears one thing."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self.is_here = descriptor is None
+        """It is a person or a supervisor that runs us in the foreground."""
+        self._waiting = [] if descriptor is None else [descriptor]
+
+    def tell(self, text: str) -> None:
+        # Once, as its number may be another file's afterwards; and whoever waited may be gone.
+        while self._waiting:
+            descriptor = self._waiting.pop()
+            with contextlib.suppress(BrokenPipeError):
+                # One line, as somebody who was forked meanwhile may keep the other end open.
+                os.write(descriptor, text.replace("\n", " ").encode(errors="surrogateescape") + b"\n")
+            os.close(descriptor)
+
+
+def _serve(profile_name: str, layout: directories.Layout, idle: float | None, starter: _Starter) -> Company:
     # Not at the top, as it takes long to load, and who asks for the status does not need it.
     if TYPE_CHECKING or not __package__:
         import service
     else:
         from . import service
 
-    # Before it has its lock, which would be taken for that of one that serves.
-    file = directories.establish(profile_name, config_path).queue / "coordinator.log"
-    log = service.log_to(file, terminal=terminal)
-    coordinator = PipeCoordinator(profile_name, config_path)
+    file = layout.queue / "coordinator.log"
+    log = service.log_to(file, terminal=starter.is_here)
+    coordinator = PipeCoordinator(profile_name, layout.config_path, idle)
     service.raise_limit()
     service.answer_signals(log, coordinator.call, coordinator.end)
 
@@ -361,11 +421,12 @@ def _serve(profile_name: str, config_path: Path, say: Callable[[str], None], *, 
         trouble = f"{file} cannot be written: {log.trouble}" if log.trouble else ""
         if trouble:
             _LOGGER.warning("%s", trouble)  # For the terminal.
-        say(f"ready {os.getpid()} {trouble}")
+        starter.tell(f"ready {os.getpid()} {trouble}")
         service.notify("READY=1")
 
     try:
         coordinator.run(on_ready, lambda: service.notify("STOPPING=1"))
+        return coordinator.company
     except Exception as error:
         expected = isinstance(error, presence.CoordinatorError | directories.DirectoryRefused)
         _LOGGER.error("The coordinator ends: %s", files.told(error), exc_info=not expected)

@@ -245,13 +245,17 @@ def _check_format(queue: Path, profile: str, profile_uuid: str | None) -> None:
             f"{queue} belongs to the profile '{said.get('profile')!s:.200}', not to '{profile}': name that profile, or "
             "another configuration directory."
         )
-    if None not in (said.get("uuid"), profile_uuid) and said["uuid"] != profile_uuid:
-        raise DirectoryRefused(
-            f"{queue} belongs to another profile that was called '{profile}' too: set it aside by "
-            f"'mv {queue} {queue}.old', or delete it."
-        )
+    _refuse_another_uuid(queue, said, profile_uuid)
     if said.get("uuid") is None and profile_uuid is not None:
         files.write_whole(queue / "format", json.dumps(ours).encode(), durable=True)
+
+
+def _refuse_another_uuid(queue: Path, said: dict[str, Any], profile_uuid: str | None) -> None:
+    if None not in (said.get("uuid"), profile_uuid) and said["uuid"] != profile_uuid:
+        raise DirectoryRefused(
+            f"{queue} belongs to another profile, which was called '{said.get('profile')!s:.200}' too: set it aside by "
+            f"'mv {queue} {queue}.old', or delete it by the command 'delete'."
+        )
 
 
 def _other_format(queue: Path, said: dict[str, Any]) -> str:
@@ -348,12 +352,14 @@ def check_format(layout: Layout) -> None:
         raise DirectoryRefused(_other_format(layout.queue, said))
 
 
-def check(layout: Layout) -> None:
+def check(layout: Layout, profile_uuid: str | None) -> None:
     """Look whether the directories of a configuration may be used, without making any.
 
+    :param profile_uuid: what tells the profile from another one that had its name; `None` matches all.
     :raises DirectoryRefused: one may not; the message says why, and what to do.
     """
     check_format(layout)
+    _refuse_another_uuid(layout.queue, read_format(layout.config_path), profile_uuid)
     if os.path.lexists(layout.pipes) and not _belongs(layout.pipes, layout.config_path):
         raise DirectoryRefused(f"{layout.pipes} belongs to somebody else now: restart all that runs here.")
 

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING or not __package__:
     import files
-    from directories import Layout, is_quoted, is_reply_pipe, is_worker_id, pipe_owner
+    from directories import Layout, is_quoted, is_read, is_reply_pipe, is_worker_id, pipe_owner
 else:
     from . import files
-    from .directories import Layout, is_quoted, is_reply_pipe, is_worker_id, pipe_owner
+    from .directories import Layout, is_quoted, is_read, is_reply_pipe, is_worker_id, pipe_owner
 
 
 class CoordinatorError(RuntimeError):
@@ -294,6 +294,24 @@ def coordinator(layout: Layout) -> dict[str, Any] | None:
         if isinstance(said, dict) and said.get("pid") == pid:
             return said
     return {"pid": pid or None}
+
+
+def communicators(layout: Layout) -> Iterator[int]:
+    """Yield the pid of each communicator that is here, senders included: 0 where it is not known; some come twice.
+
+    Those whose reply pipes are read, and workers, whose pipes somebody may have removed, by the locks of their ids.
+
+    :raises OSError: the kernel did not say.
+    """
+    for name in files.listed(layout.pipes):
+        if is_reply_pipe(name) and is_read(layout.pipes / name):
+            yield int(name.split("_")[1])
+    for worker_id in filter(is_worker_id, files.listed(layout.queue / "claimed")):
+        if is_alive(layout, worker_id):
+            try:
+                yield Worker.read(layout.entry(worker_id)).pid
+            except (OSError, ValueError):
+                yield 0
 
 
 # Routes

@@ -17,6 +17,7 @@ import argparse
 import base64
 import contextlib
 import hashlib
+import importlib.metadata
 import os
 import re
 import shutil
@@ -51,10 +52,12 @@ MODULES = (
     "control_tasks.py",
     "control_log.py",
     "control_print.py",
+    "control_profiles.py",
     "control_install.py",
     "control_doctor.py",
     "control_try.py",
     "control_words.py",
+    "control_commands.py",
     "control_line.py",
     "calls.py",
     "post.py",
@@ -68,6 +71,7 @@ MODULES = (
 )
 BROKER = "aiida.brokers.namedpipe.pipebroker:PipeBroker"
 MARK = b"# Copied by vendor.py of aiida-namedpipe: change it there, not here.\n"
+TAG = b"  # By vendor.py of aiida-namedpipe.\n"
 
 Content = bytes | None
 """What a file holds; `None`: there is no such file."""
@@ -119,6 +123,93 @@ def _key(line: bytes) -> bytes:
     return re.split(rb"[=,#]", line)[0].strip(b" \t\r\n'\"")
 
 
+@dataclass(frozen=True)
+class Block:
+    """Lines that the broker adds to one of AiiDA's modules, or has there instead of one; each says whose it is."""
+
+    text: str
+    before: str = ""
+    after: str = ""
+    instead: str = ""
+    """The one of AiiDA's lines that they come before or after, or stand instead of."""
+
+    def add(self, path: Path, content: bytes) -> bytes:
+        """Return the content, which has none of these lines yet, with them.
+
+        :raises Unexpected: the line that says where is not there, or not only once.
+        """
+        lines, anchor = content.splitlines(keepends=True), self._anchor
+        if lines.count(anchor) != 1:
+            raise Unexpected(f"{path} should have one line {anchor.decode().strip()!r}")
+        place = lines.index(anchor)
+        lines[place : place + 1] = [*([anchor] if self.after else []), self._block, *([anchor] if self.before else [])]
+        return b"".join(lines)
+
+    def remove(self, path: Path, content: bytes) -> bytes:
+        """Return the content without these lines."""
+        return content.replace(self._block, self._anchor if self.instead else b"")
+
+    @property
+    def _anchor(self) -> bytes:
+        return f"{self.before or self.after or self.instead}\n".encode()
+
+    @property
+    def _block(self) -> bytes:
+        return b"".join(line.encode() + TAG for line in self.text.splitlines())
+
+
+PROFILE = (
+    Block(
+        """\
+    elif broker == 'core.namedpipe':
+        from aiida.plugins import BrokerFactory
+
+        broker_backend, broker_config = broker, BrokerFactory(broker).get_default_config()
+        echo.echo_success('Named pipe broker configured (no external service required).')
+""".replace("\n\n", "\n"),
+        before="    else:  # broker == 'none'",
+    ),
+    Block(
+        """\
+        from aiida.cmdline.commands.cmd_coordinator import delete_queue
+        delete_queue(profile)""",
+        after="        get_config().delete_profile(profile.name, delete_storage=delete_data)",
+    ),
+)
+PRESTO = (
+    Block(
+        """\
+    '--use-namedpipe',
+    is_flag=True,
+    help='When toggled on, the profile uses the named pipe broker, which requires no external services.',
+)
+@click.option(""",
+        before="    '--no-broker',",
+    ),
+    Block("    use_namedpipe,", before="    no_broker,"),
+    Block(
+        """\
+    elif use_namedpipe:
+        echo.echo_report('`--use-namedpipe` enabled: configuring the profile with the named pipe broker.')
+        broker_backend = 'core.namedpipe'
+        broker_config = BrokerFactory(broker_backend).get_default_config()""",
+        before="    elif use_zeromq:",
+    ),
+)
+SETUP = (
+    Block(
+        "    type=click.Choice(['core.rabbitmq', 'core.zeromq', 'core.namedpipe', 'none']),",
+        instead="    type=click.Choice(['core.rabbitmq', 'core.zeromq', 'none']),",
+    ),
+)
+DAEMON = (
+    Block(
+        "        broker_lines += [str(broker)] if profile.process_control_backend == 'core.namedpipe' else []",
+        before="        lines = [",
+    ),
+)
+
+
 class Target:
     """An AiiDA to copy into."""
 
@@ -132,18 +223,33 @@ class Target:
             raise Unexpected(f"{path} is neither a source tree nor an installed package of AiiDA 2.6 or newer")
         self.copy = self.package / "brokers" / "namedpipe"
         self.command = self.package / "cmdline" / "commands" / "cmd_coordinator.py"
-        self.lines = {self.command.with_name("__init__.py"): Line(b"    cmd_coordinator,\n", b"    cmd_config,\n")}
+        self.edits: dict[Path, tuple[Line | Block, ...]] = {
+            self.command.with_name("__init__.py"): (Line(b"    cmd_coordinator,\n", b"    cmd_config,\n"),),
+            **self._doors(),
+        }
         self.record: Path | None = None
         if source.is_dir():
-            self.lines[path / "pyproject.toml"] = Line(
-                f"'core.namedpipe' = '{BROKER}'\n".encode(), b"[project.entry-points.'aiida.brokers']\n"
-            )
+            line = Line(f"'core.namedpipe' = '{BROKER}'\n".encode(), b"[project.entry-points.'aiida.brokers']\n")
+            self.edits[path / "pyproject.toml"] = (line,)
             return
         metadata = list(path.parent.glob("aiida_core-*.dist-info"))
         if len(metadata) != 1:
             raise Unexpected(f"{path.parent} should have one aiida_core-*.dist-info, not {len(metadata)}")
-        self.lines[metadata[0] / "entry_points.txt"] = Line(f"core.namedpipe={BROKER}\n".encode(), b"[aiida.brokers]\n")
+        line = Line(f"core.namedpipe={BROKER}\n".encode(), b"[aiida.brokers]\n")
+        self.edits[metadata[0] / "entry_points.txt"] = (line,)
         self.record = metadata[0] / "RECORD"
+
+    def _doors(self) -> dict[Path, tuple[Line | Block, ...]]:
+        """Return by which lines AiiDA's own commands get to know the broker: 2.9 and newer can be told."""
+        profile = self.command.with_name("cmd_profile.py")
+        if b"'configure-broker'" not in _read(profile):
+            return {}
+        return {
+            profile: PROFILE,
+            self.command.with_name("cmd_presto.py"): PRESTO,
+            self.command.with_name("cmd_daemon.py"): DAEMON,
+            self.package / "cmdline" / "params" / "options" / "commands" / "setup.py": SETUP,
+        }
 
     def files(self) -> dict[Path, bytes]:
         """Return the files that are the broker's own, with what they are to hold."""
@@ -155,14 +261,19 @@ class Target:
     def with_broker(self) -> dict[Path, Content]:
         """Return what every file is to hold with the broker in it, in the order in which to write them."""
         self._refuse_foreign()
+        self._refuse_plugin()
         changed: dict[Path, Content] = {**dict.fromkeys(self._outlived()), **self.files()}
-        changed.update({path: line.add(path, _read(path)) for path, line in self.lines.items()})
+        for path, edits in self.edits.items():
+            content = _without(path, edits)
+            for edit in edits:
+                content = edit.add(path, content)
+            changed[path] = content
         return self._with_record(changed)
 
     def without_broker(self) -> dict[Path, Content]:
         """Return what every file is to hold without the broker, in the order in which to write them."""
         self._refuse_foreign()
-        changed: dict[Path, Content] = {path: line.remove(path, _read(path)) for path, line in self.lines.items()}
+        changed: dict[Path, Content] = {path: _without(path, edits) for path, edits in self.edits.items()}
         changed.update(dict.fromkeys([*self._outlived(), *self.files()]))
         return self._with_record(changed)
 
@@ -183,7 +294,7 @@ class Target:
 
     def _drafts(self) -> set[Path]:
         """Return what a copying that was killed has left."""
-        changed = [self.command, *self.lines, *([self.record] if self.record else [])]
+        changed = [self.command, *self.edits, *([self.record] if self.record else [])]
         beside = {draft for path in changed for draft in path.parent.glob(f".{path.name}.????????")}
         return beside | {path for path in self._present() if path.name.startswith(".") and not path.is_symlink()}
 
@@ -193,12 +304,20 @@ class Target:
 
     def _refuse_foreign(self) -> None:
         present = self._present() - self._drafts() - {self.copy / "__pycache__"}
-        for path in sorted(present | {self.command, self.copy, *self.lines}):
+        for path in sorted(present | {self.command, self.copy, *self.edits}):
             if path.is_symlink():
                 raise Unexpected(f"{path} is a symlink")
             own = path.is_file() and path.read_bytes().startswith(MARK)
             if path in present | {self.command} and path.exists() and not own:
                 raise Unexpected(f"{path} is there, and did not come from here")
+
+    def _refuse_plugin(self) -> None:
+        beside = [str(self.package.parent)] if self.record else sys.path
+        if any(importlib.metadata.distributions(name="aiida-namedpipe", path=beside)):
+            raise Unexpected(
+                "the plugin is installed there, and two brokers of one name would break every verdi: run "
+                "'pip uninstall aiida-namedpipe' first"
+            )
 
     def _with_record(self, changed: dict[Path, Content]) -> dict[Path, Content]:
         """Add what the installer's RECORD is to hold, so that uninstalling AiiDA leaves nothing behind."""
@@ -212,7 +331,7 @@ class Target:
         for path, after in changed.items():
             # By its name: somebody may have edited the file since, or removed it.
             name, entry = self._entry(path, after).split(b",")[0] + b",", self._entry(path, after) + end
-            if path in self.lines:
+            if path in self.edits:
                 lines = [entry if line.startswith(name) else line for line in lines]
             else:
                 lines = [line for line in lines if not line.startswith(name)]
@@ -223,6 +342,19 @@ class Target:
         name = path.relative_to(self.package.parent).as_posix()
         digest = base64.urlsafe_b64encode(hashlib.sha256(content or b"").digest()).rstrip(b"=")
         return b"%s,sha256=%s,%d" % (name.encode(), digest, len(content or b""))
+
+
+def _without(path: Path, edits: tuple[Line | Block, ...]) -> bytes:
+    """Return what a file of AiiDA's holds without the broker.
+
+    :raises Unexpected: somebody has edited what the broker has there.
+    """
+    content = _read(path)
+    for edit in edits:
+        content = edit.remove(path, content)
+    if b"namedpipe" in content:
+        raise Unexpected(f"{path} has lines about namedpipe that are not as they were written: take them out by hand")
+    return content
 
 
 def _read(path: Path) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.util
 import json
 import os
@@ -77,6 +78,12 @@ class Aiida:
         assert result.returncode == status, f"{arguments}: {result.returncode}\n{result.stdout}\n{result.stderr}"
         return result.stdout + result.stderr
 
+    def make(self) -> None:
+        """Make the profile, and point it at the broker."""
+        without = ["--no-broker"] if "--no-broker" in self.verdi("presto", "--help") else []
+        self.verdi("presto", "--non-interactive", "--profile-name", self.profile, *without)
+        self.coordinator("configure")
+
     def start_daemon(self, workers: int = 2) -> None:
         """Start workers, with more patience for them than AiiDA's 2 seconds, which a busy machine exceeds."""
         self.verdi("config", "set", "daemon.timeout", "60")
@@ -87,11 +94,8 @@ class Aiida:
         if self.vendored:
             return self.verdi("coordinator", *arguments, status=status)
         result = subprocess.run(
-            [
-                "aiida-coordinator", "--profile", self.profile, "--config-path", str(self.config_path), *arguments,
-            ],
-            env=self.env, capture_output=True, text=True, timeout=60, cwd=self.home,
-        )  # fmt: skip
+            ["aiida-coordinator", *arguments], env=self.env, capture_output=True, text=True, timeout=60, cwd=self.home
+        )
         assert result.returncode == status, f"{arguments}: {result.returncode}\n{result.stdout}\n{result.stderr}"
         return result.stdout + result.stderr
 
@@ -132,7 +136,7 @@ answer([[node.pk, node.process_state.value, node.exit_status] for node in nodes]
     def process_control(self) -> Any:
         """Return the settings of the profile's broker, which is this one."""
         said = json.loads((self.home / ".aiida" / "config.json").read_text())["profiles"][self.profile]
-        assert said["process_control"]["backend"] == ("core.namedpipe" if self.vendored else "namedpipe")
+        assert said["process_control"]["backend"] == "core.namedpipe"
         return said["process_control"]["config"]
 
     def repaired(self) -> bool:
@@ -169,9 +173,7 @@ def aiida(site: tuple[Path, bool], tmp_path: Path) -> Iterator[Aiida]:
     }
     profile = f"test-{uuid.uuid4().hex[:8]}"
     instance = Aiida(tmp_path, env, profile, vendored)
-    without = ["--no-broker"] if "--no-broker" in instance.verdi("presto", "--help") else []
-    instance.verdi("presto", "--non-interactive", "--profile-name", profile, *without)
-    instance.coordinator("configure")
+    instance.make()
     try:
         yield instance
     finally:
@@ -183,6 +185,7 @@ def aiida(site: tuple[Path, bool], tmp_path: Path) -> Iterator[Aiida]:
 
 def test_commands(aiida: Aiida) -> None:
     assert "not running" in aiida.coordinator("status", status=3)
+    assert "not running" in aiida.coordinator("status", status=3)
     aiida.coordinator("start")
     first = aiida.coordinator_pid()
     assert str(first) in aiida.coordinator("status")
@@ -192,21 +195,113 @@ def test_commands(aiida: Aiida) -> None:
     assert aiida.coordinator_pid() != first
     aiida.coordinator("stop")
     assert "not running" in aiida.coordinator("status", status=3)
+
+
+def test_status_is_red_when_nobody_serves_and_starts_nothing(aiida: Aiida) -> None:
+    status = aiida.verdi("status", status=1)
+    command = (
+        f"verdi -p {aiida.profile} coordinator" if aiida.vendored else f"aiida-coordinator --profile {aiida.profile}"
+    )
+    assert "✘ broker" in status and f"'{command} start'" in status
+    assert not (aiida.config_path / "coordinator").exists()
+    # What it says works, and so does a submit without.
+    subprocess.run([*command.split(), "start"], env=aiida.env, check=True, timeout=60, cwd=aiida.home)
     assert "✔ broker" in aiida.verdi("status")
-    assert str(aiida.coordinator_pid()) in aiida.coordinator("status")
+    aiida.coordinator("stop")
+    (pk,) = aiida.submit(1)
+    assert aiida.tasks() and pk
 
 
 def test_commands_without_autostart(aiida: Aiida) -> None:
-    assert aiida.process_control() == {"autostart": True}
-    # `verdi coordinator` has no such option.
-    module = "aiida.brokers.namedpipe.coordinator" if aiida.vendored else "aiida_namedpipe.coordinator"
-    options = ["--profile", aiida.profile, "--config-path", str(aiida.config_path)]
-    configure = [sys.executable, "-m", module, *options, "configure", "--no-autostart"]
-    subprocess.run(configure, env=aiida.env, check=True, timeout=60, cwd=aiida.home)
-    assert aiida.process_control() == {"autostart": False}
-    status = aiida.verdi("status")
-    assert "coordinator <not running>" in status and "tasks wait on the disk" in status
+    assert aiida.process_control() == {"autostart": True, "idle": 300}
+    said = aiida.coordinator("configure", "--no-autostart", "--idle", "60")
+    assert f"'verdi -p {aiida.profile} daemon start'" in said
+    assert aiida.process_control() == {"autostart": False, "idle": 60}
+    aiida.verdi("status", status=1)
+    asked = aiida.python("manager.get_communicator(); answer(manager.get_broker().probe_service_status()['pid'])")
+    assert asked is None
     assert "not running" in aiida.coordinator("status", status=3)
+
+
+def test_a_profile_that_aiida_does_not_know_is_said_to_be_that(aiida: Aiida) -> None:
+    command = ["aiida-coordinator", "--profile", "mistyped"]
+    if aiida.vendored:
+        command = [sys.executable, "-m", "aiida.brokers.namedpipe.coordinator", *command[1:]]
+    for arguments in (
+        ["start"],
+        ["configure"],
+        ["configure", "--config-path", str(aiida.home / "profiles" / "mistyped")],
+    ):
+        said = subprocess.run(
+            [*command, *arguments], env=aiida.env, capture_output=True, text=True, timeout=60, cwd=aiida.home
+        )
+        assert said.returncode == 1 and said.stderr.count("\n") == 1 and "mistyped" in said.stderr, said
+    assert not (aiida.home / ".aiida" / "profiles" / "mistyped").exists()
+
+
+def test_doors(aiida: Aiida) -> None:
+    if not aiida.vendored or "configure-broker" not in aiida.verdi("profile", "--help"):
+        pytest.skip("AiiDA's own commands know the broker where it is copied into 2.9 or newer")
+    settings = aiida.process_control()
+    aiida.verdi("profile", "configure-broker", "none", "--non-interactive")
+    said = aiida.verdi("profile", "configure-broker", "core.namedpipe", "--non-interactive", "--idle", "7")
+    assert "uses the named pipe broker now" in said and aiida.process_control() == {**settings, "idle": 7}
+    for number, command in enumerate((
+        ["presto", "--use-namedpipe", "--non-interactive", "--profile-name"],
+        ["profile", "setup", "core.sqlite_dos", "--non-interactive", "--email", "a@b.c", "--broker", "core.namedpipe",
+         "--no-set-as-default", "--profile-name"],
+    )):  # fmt: skip
+        other = Aiida(aiida.home, aiida.env, f"{aiida.profile}-{number}", aiida.vendored)
+        aiida.verdi(*command, other.profile)
+        assert other.process_control() == settings
+        aiida.verdi("-p", other.profile, "coordinator", "start")
+        assert aiida.verdi("-p", other.profile, "status").count("✔ broker") == 1
+        lock = (other.config_path / "coordinator" / "coordinator.lock").open()
+        aiida.verdi("profile", "delete", "--force", "--delete-data", other.profile)
+        assert not Path(f"/tmp/aiida_{other.profile}_pipes").exists()
+        assert not (other.config_path / "coordinator").exists()
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Whoever had it has ended.
+        lock.close()
+    aiida.start_daemon(1)
+    said = aiida.verdi("daemon", "status")
+    assert f"coordinator PID {aiida.coordinator_pid()}" in said
+
+
+def test_completion_knows_each_command_and_option(aiida: Aiida) -> None:
+    if not aiida.vendored:
+        pytest.skip("aiida-coordinator has no completion")
+
+    def complete(*words: str) -> str:
+        env = {**aiida.env, "_VERDI_COMPLETE": "bash_complete", "COMP_CWORD": str(len(words)), "COMP_WORDS": ""}
+        env["COMP_WORDS"] = " ".join(["verdi", *words])
+        return subprocess.run(["verdi"], env=env, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    assert "plain,status" in complete("coordinator", "st") and "plain,requeue" in complete("coordinator", "re")
+    assert "plain,--state" in complete("coordinator", "tasks", "--st")
+    assert "--profile" not in complete("coordinator", "tasks", "--")
+
+
+def test_a_profile_that_was_made_again_does_not_get_the_old_tasks(aiida: Aiida) -> None:
+    aiida.submit(1)
+    aiida.coordinator("stop")
+    before = aiida.tasks()
+    aiida.verdi("profile", "delete", "--force", "--keep-data", aiida.profile)
+    aiida.make()
+    if not aiida.tasks():
+        return  # Deleting it has taken them along.
+    assert f"mv {aiida.config_path}/coordinator" in aiida.coordinator("start", status=1)
+    assert "belongs to another profile" in aiida.coordinator("doctor", status=1)
+    script = """
+try:
+    add(1)
+    answer("accepted")
+except OSError as error:
+    answer(str(error))
+"""
+    assert "belongs to another profile" in aiida.python(script)
+    aiida.coordinator("delete", "--yes")
+    aiida.coordinator("start")
+    assert before and not aiida.tasks()
 
 
 def test_one_coordinator_however_many_ask(aiida: Aiida) -> None:

@@ -20,7 +20,7 @@ import pytest
 import control
 import directories
 import pipebroker
-from harness import Broker, eventually
+from harness import TIMEOUT, Broker, eventually
 
 if importlib.util.find_spec("aiida") is None:
     pytest.skip("aiida-core is not installed", allow_module_level=True)
@@ -186,3 +186,104 @@ def test_one_communicator_until_it_is_closed(made: Callable[..., Any]) -> None:
         assert another is not communicator and not another.is_closed()
         assert pipe_broker.get_communicator() is another
         communicator = another
+
+
+class Command:
+    """What click says is asked for."""
+
+    def __init__(self, *names: str) -> None:
+        self.parent = None
+        for name in names:
+            context = SimpleNamespace(command=SimpleNamespace(name=name), parent=self.parent)
+            self.parent = context
+
+    def __call__(self, silent: bool) -> Any:
+        assert silent
+        return self.parent
+
+
+def test_verdi_status_starts_nothing_and_says_that_nobody_serves(
+    aiidabroker: ModuleType, made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aiidabroker.click, "get_current_context", Command("verdi", "status"))
+    pipe_broker = made()
+    with pytest.raises(ConnectionError, match=rf"start one by '.*coordinator.*{broker.profile}.* start'"):
+        pipe_broker.get_communicator()
+    assert not broker.config_path.exists()
+    broker.start()
+    assert not pipe_broker.get_communicator().is_closed()
+
+
+@pytest.mark.parametrize("names", [("verdi", "process", "status"), ("verdi", "run"), ("other", "status"), ()])
+def test_any_other_command_starts_a_coordinator_that_ends_when_it_is_not_needed(
+    aiidabroker: ModuleType,
+    made: Callable[..., Any],
+    broker: Broker,
+    monkeypatch: pytest.MonkeyPatch,
+    names: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(aiidabroker.click, "get_current_context", Command(*names))
+    broker.stack.callback(control.stop, broker.config_path)
+    made(idle=17).get_communicator()
+    assert broker.status()["idle"] == 17
+
+
+@pytest.mark.parametrize(("idle", "said"), [(0, None), ("x", None), (None, None), (2.5, 2.5)])
+def test_what_is_set_by_hand_is_taken_as_far_as_it_can_be(
+    made: Callable[..., Any], broker: Broker, idle: object, said: object
+) -> None:
+    broker.stack.callback(control.stop, broker.config_path)
+    made(idle=idle).get_communicator()
+    assert broker.status()["idle"] == said
+
+
+@pytest.mark.parametrize("idle", [30.0, None])
+def test_an_older_coordinator_is_replaced_when_the_first_worker_comes(
+    aiidabroker: ModuleType,
+    made: Callable[..., Any],
+    broker: Broker,
+    monkeypatch: pytest.MonkeyPatch,
+    idle: float | None,
+) -> None:
+    first = control.start(broker.profile, broker.config_path, idle=idle)
+    broker.stack.callback(control.stop, broker.config_path)
+    pipe_broker = made()
+    waiting = broker.communicator()
+    future = waiting.task_send("waits")
+    # As if that one had been started before an update.
+    monkeypatch.setattr(aiidabroker.directories, "VERSION", "1.10.0")
+    communicator = pipe_broker.get_communicator()
+    assert broker.status()["pid"] == first
+    communicator.add_task_subscriber(lambda _, body: body)
+    second = broker.status()
+    assert second["pid"] not in (first, None) and second["idle"] == idle
+    assert future.result(TIMEOUT) == "waits"
+    # Whoever is of today, or newer, stays.
+    monkeypatch.setattr(aiidabroker.directories, "VERSION", "0.9.9")
+    communicator.add_task_subscriber(lambda _, body: body)
+    assert broker.status()["pid"] == second["pid"]
+
+
+@pytest.mark.parametrize("what", ["no autostart", "nothing said"])
+def test_a_coordinator_that_is_not_known_to_be_older_is_left_alone(
+    aiidabroker: ModuleType, made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    first = broker.start()
+    if what == "nothing said":
+        (broker.config_path / "pipes" / "coordinator.json").unlink()
+    monkeypatch.setattr(aiidabroker.directories, "VERSION", "2.0.0")
+    made(autostart=what != "no autostart").get_communicator().add_task_subscriber(lambda _, body: body)
+    assert control.stop(broker.config_path, first) == first
+
+
+def test_the_profiles_uuid_tells_it_from_an_earlier_one_of_its_name(made: Callable[..., Any], broker: Broker) -> None:
+    configuration = broker.config_path.parent.parent / "config.json"
+    pipe_broker = made(autostart=False)
+    for uuid in ("1" * 32, "2" * 32):
+        configuration.write_text(json.dumps({"profiles": {broker.profile: {"PROFILE_UUID": uuid}}}))
+        if uuid == "1" * 32:
+            pipe_broker.get_communicator().task_send("old", no_reply=True)
+            pipe_broker.close()
+        else:
+            with pytest.raises(directories.DirectoryRefused, match="belongs to another profile"):
+                pipe_broker.get_communicator()

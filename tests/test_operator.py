@@ -25,6 +25,7 @@ import kiwipy
 import pytest
 
 import control
+import control_commands
 import control_doctor
 import control_install
 import control_line
@@ -123,7 +124,7 @@ class Terminal:
 
 
 def test_each_command_is_tried_here() -> None:
-    assert {line.split()[0] for line in COMMANDS} | {"configure"} == set(control_line.commands())
+    assert {line.split()[0] for line in COMMANDS} | {"configure"} == set(control_line.parsers("")[1])
 
 
 def test_each_command_in_a_pipe_and_in_a_terminal(served: Broker) -> None:
@@ -463,7 +464,7 @@ def test_what_is_to_be_done_is_done_though_nobody_reads_what_is_said(broker: Bro
         said = obey(broker, *line.split(), *ids, stdout=write_end)
     finally:
         os.close(write_end)
-    assert (said.returncode, said.stderr) == (control_line.NOT_RUNNING if line == "status" else 0, "")
+    assert (said.returncode, said.stderr) == (control_commands.NOT_RUNNING if line == "status" else 0, "")
     assert len(broker.tasks()) == (20 if line == "status" else 0)
 
 
@@ -535,13 +536,13 @@ def test_status_is_watched_in_a_pipe_and_in_a_terminal(served: Broker) -> None:
         assert process.stdout is not None
         lines = [process.stdout.readline() for _ in range(2)]
         process.send_signal(signal.SIGINT)
-        assert process.wait(TIMEOUT) == control_line.INTERRUPTED
+        assert process.wait(TIMEOUT) == control_commands.INTERRUPTED
     assert all("running, 0 waiting, 0 claimed, 1 done" in line for line in lines)
     for environment, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
         terminal = Terminal(served, "status", "--watch", **environment)
         terminal.until("alpha in hand")
         terminal.type("\x03")
-        assert terminal.end() == control_line.INTERRUPTED
+        assert terminal.end() == control_commands.INTERRUPTED
         assert ("\x1b[32m" in terminal.shown) == coloured and "done in the last minute" in terminal.shown
 
 
@@ -556,7 +557,13 @@ def test_the_readme_explains_each_key_and_each_exit_status(served: Broker) -> No
     found = json.loads(obey(served, "doctor", "--json").stdout)["findings"]
     keys |= set(found[0])
     assert [key for key in sorted(keys) if f"`{key}`" not in section] == []
-    for status in (control_line.FAILED, 2, control_line.NOT_RUNNING, control_line.TIMED_OUT, control_line.INTERRUPTED):
+    for status in (
+        control_commands.FAILED,
+        2,
+        control_commands.NOT_RUNNING,
+        control_commands.TIMED_OUT,
+        control_commands.INTERRUPTED,
+    ):
         assert f"| {status} |" in OPERATING
 
 
@@ -611,7 +618,7 @@ def test_logs_are_followed_across_rotation(broker: Broker, rotation: str) -> Non
                 expected.append(f"new {round_}\n")
             lines += [process.stdout.readline() for _ in expected[len(lines) :]]
         process.send_signal(signal.SIGINT)
-        assert process.wait(TIMEOUT) == control_line.INTERRUPTED
+        assert process.wait(TIMEOUT) == control_commands.INTERRUPTED
     assert lines == expected
 
 

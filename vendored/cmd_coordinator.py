@@ -1,13 +1,61 @@
-"""`verdi coordinator` commands."""
+"""`verdi coordinator` commands, and `verdi profile configure-broker core.namedpipe`."""
 
 from __future__ import annotations
 
+import argparse
+import pathlib
 import sys
+from typing import TYPE_CHECKING
 
 import click
+from click.shell_completion import CompletionItem
 
+from aiida.cmdline.commands import cmd_profile
 from aiida.cmdline.commands.cmd_verdi import verdi
-from aiida.cmdline.utils import decorators, echo
+from aiida.cmdline.params import arguments, options
+from aiida.cmdline.utils import decorators, defaults, echo
+from aiida.manage.configuration import get_config
+
+if TYPE_CHECKING:
+    from aiida.manage.configuration import Profile
+
+PROG = 'verdi coordinator'
+
+
+def _parsers() -> dict[str, argparse.ArgumentParser]:
+    from aiida.brokers.namedpipe import control_line
+
+    return control_line.parsers(PROG)[1]
+
+
+class CoordinatorCommand(click.Command):
+    """One of the coordinator's own commands: what it understands, its help too, is for its own parser to say."""
+
+    def __init__(self, name: str, parser: argparse.ArgumentParser) -> None:
+        @decorators.requires_loaded_profile()
+        @click.pass_context
+        def run(ctx: click.Context, arguments: tuple[str, ...]) -> None:
+            sys.exit(run_coordinator_command(ctx.obj.profile, name, *arguments))
+
+        super().__init__(
+            name,
+            callback=run,
+            params=[click.Argument(['arguments'], nargs=-1, type=click.UNPROCESSED)],
+            help=parser.description,
+            add_help_option=False,
+            context_settings={'ignore_unknown_options': True},
+        )
+        self._parser = parser
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Return the options that begin so."""
+        found = super().shell_complete(ctx, incomplete)
+        for action in self._parser._actions:
+            # Which profile is for verdi's own option to say.
+            if action.dest not in ('profile', 'config_path'):
+                names = [name for name in action.option_strings if name.startswith(incomplete)]
+                found += [CompletionItem(name, help=action.help) for name in names]
+        return found
 
 
 class CoordinatorGroup(click.Group):
@@ -15,32 +63,12 @@ class CoordinatorGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return their names."""
-        from aiida.brokers.namedpipe import control_line
-
-        return list(control_line.commands())
+        return list(_parsers())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return one of them; `None` if there is none of that name."""
-        from aiida.brokers.namedpipe import control_line
-
-        text = control_line.commands().get(cmd_name)
-        if text is None:
-            return None
-
-        @decorators.requires_loaded_profile()
-        @click.pass_context
-        def run(ctx: click.Context, arguments: tuple[str, ...]) -> None:
-            run_coordinator_command(ctx, cmd_name, *arguments)
-
-        # What it understands, its help too, is for the coordinator's own command line to say.
-        return click.Command(
-            cmd_name,
-            callback=run,
-            params=[click.Argument(['arguments'], nargs=-1, type=click.UNPROCESSED)],
-            help=f'{text[:1].upper()}{text[1:]}.',
-            add_help_option=False,
-            context_settings={'ignore_unknown_options': True},
-        )
+        parser = _parsers().get(cmd_name)
+        return CoordinatorCommand(cmd_name, parser) if parser is not None else None
 
 
 @verdi.group('coordinator', cls=CoordinatorGroup)
@@ -48,16 +76,46 @@ def verdi_coordinator():
     """Inspect and manage the coordinator of the named pipe broker."""
 
 
-def run_coordinator_command(ctx: click.Context, command: str, *arguments: str) -> None:
-    """Run a command of the coordinator's own command line on the current profile, and exit with its status."""
-    import pathlib
-
+def run_coordinator_command(profile: Profile, command: str, *arguments: str) -> int:
+    """Run a command of the coordinator's own command line; return its exit status."""
     from aiida.brokers.namedpipe import coordinator
 
-    profile = ctx.obj.profile
-    if command in ('start', 'restart') and profile.process_control_backend not in ('core.namedpipe', 'namedpipe'):
-        echo.echo_warning(f'Profile `{profile.name}` uses another broker: `verdi coordinator configure` changes that.')
-    config_path = pathlib.Path(ctx.obj.config.dirpath, 'profiles', profile.name)
+    if command in ('start', 'restart') and profile.process_control_backend != 'core.namedpipe':
+        echo.echo_warning(f'Profile `{profile.name}` uses another broker: `{PROG} configure` changes that.')
     # Last, so that they hold: another profile is for `verdi --profile` to name.
-    given = [command, *arguments, f'--profile={profile.name}', f'--config-path={config_path}']
-    sys.exit(coordinator.main(given, 'verdi coordinator'))
+    given = [command, *arguments, f'--profile={profile.name}', f'--config-path={_directory(profile)}']
+    return coordinator.main(given, PROG)
+
+
+def delete_queue(profile: Profile) -> None:
+    """Delete the queue and the pipes of a profile that is deleted."""
+    from aiida.brokers.namedpipe import control_install, directories
+
+    if directories.locate(_directory(profile)) is None:
+        return
+    try:
+        control_install.delete(_directory(profile))
+    except (RuntimeError, OSError) as error:
+        echo.echo_warning(f'What the named pipe broker has of `{profile.name}` is left: {error}')
+
+
+def _directory(profile: Profile) -> pathlib.Path:
+    return pathlib.Path(get_config().dirpath, 'profiles', profile.name)
+
+
+# AiiDA before 2.9 has no such group.
+if hasattr(cmd_profile, 'profile_configure_broker'):
+
+    @cmd_profile.profile_configure_broker.command('core.namedpipe')
+    @arguments.PROFILE(default=defaults.get_default_profile)
+    @options.FORCE()
+    @click.option('--autostart/--no-autostart', default=True, help='Whether a coordinator is started when needed.')
+    @click.option('--idle', type=click.FloatRange(0), help='After how many seconds without anybody such a one ends.')
+    @options.NON_INTERACTIVE()
+    def profile_configure_broker_namedpipe(profile, force, autostart, idle, non_interactive):
+        """Configure named pipes for a profile: there is nothing to be asked, and no server."""
+        if profile is None:
+            echo.echo_critical('no profile to configure')
+        given = [] if autostart else ['--no-autostart']
+        given += [f'--idle={idle}'] if idle is not None else []
+        sys.exit(run_coordinator_command(profile, 'configure', *given))

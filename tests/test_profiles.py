@@ -1,0 +1,204 @@
+"""Whose profile is meant, where it is, whose tasks are in its queue, and how long its coordinator stays: no AiiDA."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+import control
+import control_doctor
+import control_profiles
+import coordinator
+import directories
+from harness import COORDINATOR, TIMEOUT, Broker, eventually
+
+OLD, NEW = "1" * 32, "2" * 32
+
+
+def configuration(home: Path, *names: str, current: str | None = None, uuid: str = NEW) -> Path:
+    """Write what AiiDA would, into a directory of its own below `home`; return that directory."""
+    directory = home / ".aiida"
+    directory.mkdir(parents=True, exist_ok=True)
+    profiles = {name: {"PROFILE_UUID": uuid, "storage": {}} for name in names}
+    said = {"CONFIG_VERSION": {"CURRENT": 9}, "profiles": profiles, "default_profile": current}
+    (directory / "config.json").write_text(json.dumps(said))
+    return directory
+
+
+def say(home: Path, *arguments: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command line as somebody whose home, or AIIDA_PATH, is elsewhere."""
+    environment = {**os.environ, "HOME": str(home)}
+    environment.pop("AIIDA_PATH", None)
+    if path is not None:
+        environment["AIIDA_PATH"] = path
+    command = [*COORDINATOR, *arguments]
+    said = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
+    assert "Traceback" not in said.stderr
+    return said
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [
+        (None, "home/.aiida"),
+        ("", "home/.aiida"),
+        ("{tmp}/a", "a/.aiida"),
+        ("{tmp}/a/.aiida", "a/.aiida"),
+        ("{tmp}/none:{tmp}/a:{tmp}/b", "a/.aiida"),
+        (":{tmp}/b:", "b/.aiida"),
+        ("{tmp}/none:{tmp}/neither", "neither/.aiida"),
+        ("~/elsewhere", "home/elsewhere/.aiida"),
+    ],
+)
+def test_aiidas_directory_is_where_aiida_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str | None, found: str
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name / ".aiida").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("AIIDA_PATH", raising=False)
+    if path is not None:
+        monkeypatch.setenv("AIIDA_PATH", path.format(tmp=tmp_path))
+    assert control_profiles.aiidas_directory() == tmp_path / found
+
+
+def test_a_profile_is_where_aiida_has_it(broker: Broker, tmp_path: Path) -> None:
+    directory = configuration(tmp_path / "path", broker.profile, "other", current=broker.profile)
+    broker.config_path = directory / "profiles" / broker.profile
+    configuration(tmp_path / "home", "elsewhere")
+    path = f"{tmp_path / 'none'}:{tmp_path / 'path'}"
+    broker.communicator().close()
+    for arguments in (["--profile", broker.profile], []):
+        said = json.loads(say(tmp_path / "home", *arguments, "status", "--json", path=path).stdout)
+        assert said["directory"] == str(broker.config_path)
+    said = say(tmp_path / "home", "--profile", "mistyped", "start", path=path)
+    assert said.returncode == 1 and f"has other, {broker.profile}." in said.stderr and "'mistyped'" in said.stderr
+    assert str(directory / "config.json") in said.stderr and not (tmp_path / "home" / ".aiida" / "profiles").exists()
+    # A directory that is named is anybody's.
+    broker.run("status", status=3)
+
+
+def test_without_aiida_any_name_will_do_but_none(tmp_path: Path) -> None:
+    said = say(tmp_path, "status")
+    assert said.returncode == 2 and "name it by --profile" in said.stderr
+    assert say(tmp_path, "--config-path", str(tmp_path), "status").returncode == 2
+    said = say(tmp_path, "--profile", "my_profile", "status")
+    assert said.returncode == 1 and f"{tmp_path}/.aiida/profiles/my_profile" in said.stderr
+    configuration(tmp_path, "a", "b")
+    assert say(tmp_path, "status").returncode == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"profiles": []}', "[" * 100_000])
+@pytest.mark.parametrize("arguments", [["status"], ["--profile", "a", "start"]])
+def test_a_configuration_that_is_none_is_said_to_be_that(tmp_path: Path, content: str, arguments: list[str]) -> None:
+    (configuration(tmp_path) / "config.json").write_text(content)
+    said = say(tmp_path, *arguments)
+    assert said.returncode == 1 and said.stderr.count("\n") == 1
+    assert f"{tmp_path}/.aiida/config.json, AiiDA's configuration," in said.stderr and "mend it" in said.stderr
+
+
+# Whose tasks
+
+
+def test_a_profile_that_was_made_again_does_not_get_the_tasks_of_the_old_one(broker: Broker, tmp_path: Path) -> None:
+    directory = configuration(tmp_path, broker.profile, current=broker.profile, uuid=OLD)
+    broker.config_path = directory / "profiles" / broker.profile
+    assert "Started" in say(tmp_path, "start").stdout
+    broker.communicator(profile_uuid=OLD).task_send("old", no_reply=True)
+    say(tmp_path, "stop")
+    configuration(tmp_path, broker.profile, current=broker.profile)
+    said = say(tmp_path, "start")
+    aside = f"mv {broker.queue} {broker.queue}.old"
+    assert said.returncode == 1 and "belongs to another profile" in said.stderr and aside in said.stderr
+    assert aside in say(tmp_path, "doctor").stdout
+    # It can still be looked at, and deleted.
+    assert json.loads(say(tmp_path, "status", "--json").stdout)["tasks"]["waiting"] == 1
+    broker.stack.close()
+    assert say(tmp_path, "delete", "--yes").returncode == 0
+    assert "Started" in say(tmp_path, "start").stdout
+    broker.stack.callback(control.stop, broker.config_path)
+    assert directories.read_format(broker.config_path)["uuid"] == NEW
+
+
+def test_a_queue_that_says_no_uuid_is_anybodys_who_has_its_name(broker: Broker, tmp_path: Path) -> None:
+    directory = configuration(tmp_path, broker.profile)
+    broker.config_path = directory / "profiles" / broker.profile
+    broker.communicator().close()
+    assert directories.read_format(broker.config_path)["uuid"] is None
+    assert control_doctor.examine(broker.config_path) == []
+
+
+# How long it stays
+
+
+def test_who_is_started_for_others_ends_when_nobody_is_there(broker: Broker) -> None:
+    sender = broker.communicator()
+    assert "Started" in broker.run("start", "--idle", "0.5")
+    broker.stack.callback(control.stop, broker.config_path)
+    said = broker.status()
+    assert said["idle"] == 0.5 and "ends when nobody has been here for 0.5 s" in broker.run("status")
+    sender.task_send("waits", no_reply=True)
+    sender.close()
+    eventually(lambda: not broker.status()["running"], 2 * TIMEOUT)
+    assert "no communicator has been here for 0.5 s" in broker.log()
+    assert len(broker.tasks("waiting")) == 1
+
+
+@pytest.mark.parametrize("who", ["sender", "worker without pipes"])
+def test_it_stays_as_long_as_anybody_is_there(broker: Broker, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
+    monkeypatch.setattr(coordinator, "HOUSEKEEPING_SECONDS", 0.01)
+    communicator = broker.communicator("worker")
+    if who != "sender":
+        communicator.add_task_subscriber(lambda *_: None)
+    company = coordinator.Company(communicator._engine.layout, 0.0)
+    for pipe in broker.pipes.glob("reply_*") if who != "sender" else ():
+        pipe.unlink()
+    assert not company.is_missed()
+    communicator.close()
+    assert company.is_missed() and not company.has_come_back()
+    broker.communicator()
+    assert company.has_come_back()
+
+
+COMES_AT_THE_END = """
+import coordinator, service, pathlib
+coordinator.HOUSEKEEPING_SECONDS = 0.02
+came = []
+def notify(state):
+    print(state)
+    if state == "STOPPING=1" and not came:
+        came.append(communicator())  # It finds a coordinator whose lock is held.
+    elif state == "READY=1" and came:
+        print(came[0].task_send("x", no_reply=True))
+        came[0].close()
+service.notify = notify
+coordinator.serve(profile, pathlib.Path(config_path), idle=0.05)
+print("ended")
+"""
+
+
+def test_who_comes_at_the_last_moment_is_served(broker: Broker) -> None:
+    child = broker.spawn(COMES_AT_THE_END)
+    lines = [child.line() for _ in range(6)]
+    assert lines == ["READY=1", "STOPPING=1", "READY=1", "None", "STOPPING=1", "ended"]
+
+
+def test_one_that_is_told_to_end_is_not_taken_for_one_that_was_left_alone(broker: Broker) -> None:
+    broker.communicator()
+    served = coordinator.PipeCoordinator(broker.profile, broker.config_path, idle=0.0)
+    thread = threading.Thread(target=served.run)
+    thread.start()
+    served.stop()
+    thread.join(TIMEOUT)
+    assert not thread.is_alive() and not served.company.has_come_back()
+
+
+def test_stop_of_another_one_than_is_meant_is_none(served: Broker) -> None:
+    pid = served.status()["pid"]
+    assert control.stop(served.config_path, pid + 1) is None and served.status()["running"]
+    assert control.stop(served.config_path, pid) == pid
