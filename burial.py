@@ -225,8 +225,9 @@ def everybody(layout: directories.Layout) -> set[str]:
     for name in files.listed(layout.pipes):
         pipe = presence.route_target(layout.pipes / name) if name.startswith("route_") else name
         owner = directories.pipe_owner(pipe or "")
-        if owner is not None and (pipe != name or (layout.pipes / name).is_fifo()):
-            found.add(owner)
+        with contextlib.suppress(OSError):  # It has gone meanwhile.
+            if owner is not None and (pipe != name or stat.S_ISFIFO(os.lstat(layout.pipes / name).st_mode)):
+                found.add(owner)
     return found
 
 

@@ -81,19 +81,22 @@ class Reply(concurrent.futures.Future[Any]):
         super().add_done_callback(lambda future: self._call(functools.partial(fn, future)))
 
     def _call(self, job: Callable[[], object]) -> None:
-        if self._due is None:
+        due = self._due if self.is_held_here() else None  # Not what another thread ends just now.
+        if due is None:
             self._lane.put(job)
         else:
-            self._due.append(job)
+            due.append(job)
 
-    def end(self, how: Callable[[], object]) -> bool:
-        """End it, unless it has ended; say whether that could be done, as nobody holds it for long."""
-        if not self._condition.acquire(timeout=_LOOKED_AT_SECONDS):
+    def end(self, how: Callable[[], object], seconds: float = _LOOKED_AT_SECONDS) -> bool:
+        """End it, unless it has ended; say whether that could be done, as nobody holds it for so long."""
+        if not self._condition.acquire(timeout=seconds):
             return False
         self._due = due = list[Callable[[], object]]()
         try:
             with contextlib.suppress(concurrent.futures.InvalidStateError, RuntimeError):  # By its user himself.
                 how()
+            # Once more, for whoever had been interrupted when he began to wait, and did not hear that it ended.
+            self._condition.notify_all()
         finally:
             self._due = None
             self._condition.release()
@@ -101,11 +104,19 @@ class Reply(concurrent.futures.Future[Any]):
             self._lane.put(job)  # Which runs it here where it has ended: not while we hold what it may wait for.
         return True
 
+    def is_held_here(self) -> bool:
+        """Say whether this very thread holds it: we have interrupted whoever looks at it, or is about to wait."""
+        return bool(self._condition._is_owned())  # type: ignore[attr-defined]
+
     def disown(self) -> None:
         """End it, in a forked child: the thread that looked at it, and those that waited, are the parent's."""
-        self._condition = threading.Condition()
+        before, self._condition = self._condition, threading.Condition()
         self._waiters.clear()
         self.end(lambda: self.set_exception(kiwipy.CommunicatorClosed()))
+        # But for whom a signal handler has interrupted there, and who goes on in the child.
+        for waiter in list(before._waiters):  # type: ignore[attr-defined]
+            with contextlib.suppress(RuntimeError):
+                waiter.release()
 
 
 @dataclass
@@ -174,21 +185,30 @@ class Calls:
         correlation_id = str(message.get("correlation_id"))
         for kind, take in _ANSWERS.items():
             if kind in message:
-                call = self._pending.pop(correlation_id, None)
-                if call is not None:
-                    self._taken[correlation_id] = call
-                    try:
-                        take(self, correlation_id, call, message)
-                    finally:
-                        self._taken.pop(correlation_id, None)
+                self._take(correlation_id, functools.partial(take, self, correlation_id, message))
                 return
         raise frames.Garbage(f"an answer of no known kind: {sorted(message)}")
+
+    def _take(self, correlation_id: str, use: Callable[[Call], None]) -> None:
+        """Take a call out, unless somebody else does; a child that is forked meanwhile finds it all the same."""
+        call = self._pending.get(correlation_id)
+        if call is None:
+            return
+        self._taken[correlation_id] = call
+        try:
+            if self._pending.pop(correlation_id, None) is call:
+                use(call)
+        finally:
+            self._taken.pop(correlation_id, None)
+
+    def _fail(self, call: Call, error: BaseException) -> None:
+        self._end(call.future, functools.partial(call.future.set_exception, error))
 
     def fail(self, way: object, error: BaseException) -> None:
         """End the calls to a recipient that will not answer any more."""
         for correlation_id, call in list(self._pending.items()):
-            if call.way is way and self._pending.pop(correlation_id, None) is call:
-                self._end(call.future, functools.partial(call.future.set_exception, error))
+            if call.way is way:
+                self._take(correlation_id, lambda call: self._fail(call, error))
 
     def ways(self) -> set[object]:
         """Return the ways to those who owe an answer."""
@@ -197,10 +217,12 @@ class Calls:
     def close(self) -> None:
         """End all calls. Nothing is done later by whoever gave `later`, from here on."""
         self.closed = True
+        # Those too whose answer a decoder is just looking at, for as long as it likes.
+        for call in self._taken.copy().values():
+            self._fail(call, kiwipy.CommunicatorClosed())
         while self._pending:
-            with contextlib.suppress(KeyError):
-                future = self._pending.popitem()[1].future
-                self._end(future, functools.partial(future.set_exception, kiwipy.CommunicatorClosed()))
+            for correlation_id in list(self._pending):
+                self._take(correlation_id, lambda call: self._fail(call, kiwipy.CommunicatorClosed()))
         if self._unended:
             with contextlib.suppress(RuntimeError):  # There is no room for another thread.
                 threading.Thread(target=self._end_patiently, name="pipebroker endings", daemon=True).start()
@@ -208,7 +230,9 @@ class Calls:
     def end_the_rest(self) -> None:
         """End what could not be ended yet: in whoever closes, as it is often he that holds it."""
         for future, how in list(self._unended.items()):
-            if future.end(how):
+            # Whom we have interrupted may be about to wait, and not hear of it: he is told once more when he does.
+            interrupted = future.is_held_here()
+            if future.end(how) and not interrupted:
                 self._unended.pop(future, None)
 
     def _end_patiently(self) -> None:
@@ -229,7 +253,8 @@ class Calls:
         self._unended.clear()
 
     def _end(self, future: Reply, how: Callable[[], object], pause: float = _FIRST_PAUSE_SECONDS) -> None:
-        if future.end(how):
+        # Whoever holds one may hold many (`concurrent.futures.wait` does): they are not waited for one by one.
+        if future.end(how, 0.0 if self._unended else _LOOKED_AT_SECONDS):
             self._unended.pop(future, None)
             return
         self._unended[future] = how
@@ -240,42 +265,43 @@ class Calls:
         if how is not None:
             self._end(future, how, min(2 * pause, _LONGEST_PAUSE_SECONDS))
 
-    def _result(self, _: str, call: Call, message: frames.Message) -> None:
+    def _result(self, _: str, message: frames.Message, call: Call) -> None:
         try:
             value = self._decode(message, "result")
         except BaseException as error:
-            self._end(call.future, functools.partial(call.future.set_exception, error))
+            self._fail(call, error)
         else:
             self._end(call.future, functools.partial(call.future.set_result, value))
 
-    def _exception(self, _: str, call: Call, message: frames.Message) -> None:
+    def _exception(self, _: str, message: frames.Message, call: Call) -> None:
         error = kiwipy.RemoteException(message["exception"])
         if message.get("traceback"):
             error.__cause__ = RemoteTraceback(message["traceback"])
-        self._end(call.future, functools.partial(call.future.set_exception, error))
+        self._fail(call, error)
 
-    def _undelivered(self, _: str, call: Call, message: frames.Message) -> None:
-        error = kiwipy.UnroutableError(message["undelivered"])
-        self._end(call.future, functools.partial(call.future.set_exception, error))
+    def _undelivered(self, _: str, message: frames.Message, call: Call) -> None:
+        self._fail(call, kiwipy.UnroutableError(message["undelivered"]))
 
-    def _cancelled(self, _: str, call: Call, message: frames.Message) -> None:
+    def _cancelled(self, _: str, message: frames.Message, call: Call) -> None:
         def cancel() -> None:
             call.future.cancel()
             call.future.set_running_or_notify_cancel()
 
         self._end(call.future, cancel)
 
-    def _pending_answer(self, correlation_id: str, call: Call, message: frames.Message) -> None:
+    def _pending_answer(self, correlation_id: str, message: frames.Message, call: Call) -> None:
         level = message["pending"]
         if not isinstance(level, int) or level <= call.level:
             self._pending[correlation_id] = call
             return
         following = Call(Reply(self._callbacks), call.way, level)
         self._pending[correlation_id] = following
+        if self.closed:  # Perhaps just now, with the others.
+            self._take(correlation_id, lambda call: self._fail(call, kiwipy.CommunicatorClosed()))
         self._end(call.future, functools.partial(call.future.set_result, following.future))
 
 
-_ANSWERS: dict[str, Callable[[Calls, str, Call, frames.Message], None]] = {
+_ANSWERS: dict[str, Callable[[Calls, str, frames.Message, Call], None]] = {
     "result": Calls._result,
     "exception": Calls._exception,
     "undelivered": Calls._undelivered,

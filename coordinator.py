@@ -379,8 +379,7 @@ def serve(
             os.environ.pop("NOTIFY_SOCKET", None)
         # Before it has its lock, which would be taken for that of one that serves.
         layout = directories.establish(profile_name, config_path, profile_uuid)
-        while _serve(profile_name, layout, idle, starter).has_come_back():
-            pass
+        _serve(profile_name, layout, idle, starter)
     except Exception as error:
         starter.tell(files.told(error))
         raise
@@ -404,7 +403,7 @@ class _Starter:
             os.close(descriptor)
 
 
-def _serve(profile_name: str, layout: directories.Layout, idle: float | None, starter: _Starter) -> Company:
+def _serve(profile_name: str, layout: directories.Layout, idle: float | None, starter: _Starter) -> None:
     # Not at the top, as it takes long to load, and who asks for the status does not need it.
     if TYPE_CHECKING or not __package__:
         import service
@@ -413,9 +412,7 @@ def _serve(profile_name: str, layout: directories.Layout, idle: float | None, st
 
     file = layout.queue / "coordinator.log"
     log = service.log_to(file, terminal=starter.is_here)
-    coordinator = PipeCoordinator(profile_name, layout.config_path, idle)
     service.raise_limit()
-    service.answer_signals(log, coordinator.call, coordinator.end)
 
     def on_ready() -> None:
         trouble = f"{file} cannot be written: {log.trouble}" if log.trouble else ""
@@ -424,13 +421,17 @@ def _serve(profile_name: str, layout: directories.Layout, idle: float | None, st
         starter.tell(f"ready {os.getpid()} {trouble}")
         service.notify("READY=1")
 
-    try:
-        coordinator.run(on_ready, lambda: service.notify("STOPPING=1"))
-        return coordinator.company
-    except Exception as error:
-        expected = isinstance(error, presence.CoordinatorError | directories.DirectoryRefused)
-        _LOGGER.error("The coordinator ends: %s", files.told(error), exc_info=not expected)
-        raise
+    ended = False
+    while not ended:
+        coordinator = PipeCoordinator(profile_name, layout.config_path, idle)
+        service.answer_signals(log, coordinator.call, coordinator.end)
+        try:
+            coordinator.run(on_ready, lambda: service.notify("STOPPING=1"))
+        except Exception as error:
+            expected = isinstance(error, presence.CoordinatorError | directories.DirectoryRefused)
+            _LOGGER.error("The coordinator ends: %s", files.told(error), exc_info=not expected)
+            raise
+        ended = not coordinator.company.has_come_back()
 
 
 def main(arguments: list[str] | None = None, prog: str = "") -> int:

@@ -37,6 +37,7 @@ import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Set
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kiwipy
@@ -141,6 +142,24 @@ class Receiver:
                 self._use(reader, self._engine.calls.answer, message)
 
 
+class Unrung:
+    """The bodies of calls whose frames were lost: those that lay there at the look before as well.
+
+    Calls are served in the order in which they were sent, so one whose frame may be on its way waits a turn.
+    """
+
+    def __init__(self, pipes: Path) -> None:
+        self._pipes = pipes
+        self._seen: Set[str] = frozenset()
+
+    def due(self) -> list[tuple[str, str]]:
+        """Look; return what is to be read, each with its receiver, which may not be here."""
+        found = {name: directories.body_receiver(name) for name in files.listed(self._pipes)}
+        calls = {name: receiver for name, receiver in found.items() if receiver and receiver.startswith("rpc_")}
+        before, self._seen = self._seen, calls.keys()
+        return [(calls[name], name) for name in calls.keys() & before]
+
+
 class Engine:
     """All of a communicator that its threads know."""
 
@@ -162,8 +181,7 @@ class Engine:
         self.reply = directories.reply_pipe()
         self._name = worker_id or self.reply
         self._done = False
-        self._unread: Set[str] = frozenset()
-        """The bodies of calls that lay there at the last look."""
+        self._unrung = Unrung(layout.pipes)
         self._callbacks = Lane(f"pipebroker callbacks {self._name}")
         self.decoding = Lane(f"pipebroker decoding {self._name}")
         self.poller = Poller()
@@ -286,7 +304,12 @@ class Engine:
         if writer in self.calls.ways():
             # What the recipient wrote before it died is in our pipe by now, or on the disk.
             self._pipes.drain(self.reply)
-            self._find_bodies()
+            try:
+                self._find_answers()
+            except OSError as error:
+                _LOGGER.error("%s cannot look for answers now: %s", self._name, error)
+                self.poller.later(1.0, functools.partial(self._on_death, writer))
+                return
             fail = functools.partial(self.calls.fail, writer, kiwipy.DeliveryFailed("the recipient died or closed"))
             if self.codec.runs_user_code:
                 self.decoding.put(fail)  # After the answers that are still being decoded.
@@ -309,7 +332,8 @@ class Engine:
             self.holdings.look,
             self.tasks.look,
             self.post.ways.look,
-            self._find_bodies,
+            self._find_answers,
+            self._find_calls,
             self._ask_after_recipients,
         ):
             try:
@@ -317,19 +341,13 @@ class Engine:
             except Exception as error:
                 _LOGGER.error("%s cannot look after itself: %s: %s", self._name, type(error).__name__, error)
 
-    def _find_bodies(self) -> None:
-        """Read the messages whose doorbell was lost, with whoever sent them."""
-        calls: dict[str, str] = {}
-        for name in files.listed(self.layout.pipes) if self.calls or self.messages.rpc else ():
-            receiver = directories.body_receiver(name)
-            if receiver == self.reply:
-                self._pipes.inject(self.reply, frames.claim_check(name))
-            elif receiver is not None:
-                calls[name] = receiver
-        # Calls are served in the order in which they were sent, so one whose doorbell may be on its way waits a turn.
-        for name in calls.keys() & self._unread:
-            self.subscriptions.inject(calls[name], frames.claim_check(name))
-        self._unread = calls.keys()
+    def _find_answers(self) -> None:
+        if self.calls:
+            self._pipes.find_bodies(self.reply)
+
+    def _find_calls(self) -> None:
+        for receiver, name in self._unrung.due() if self.messages.rpc else ():
+            self.subscriptions.inject(receiver, frames.claim_check(name))
 
     def _ask_after_recipients(self) -> None:
         for way in self.calls.ways():

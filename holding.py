@@ -24,6 +24,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kiwipy
@@ -167,6 +168,11 @@ class Holdings:
                 return side.claims
         return None
 
+    def claims_for(self, side: Side, worker_id: str, paused: Path) -> Claims:
+        """Return what claims from a queue for a worker: the same one for all the names that a queue has."""
+        known = self.claims_of(side.queue)
+        return known if known is not None and known.worker_id == worker_id else Claims(side.queue, worker_id, paused)
+
     def claim(self, side: Side, name: str, *, pulled: bool = False) -> taskqueue.Task | None:
         """Claim a task; `None` if somebody else has it, or if it is none, which its sender is told.
 
@@ -182,7 +188,8 @@ class Holdings:
         if task is not None:
             self.report(side, "claimed", name)
         elif not pulled:
-            self.report(side, "lost", name)
+            paused = side.claims is not None and side.claims.is_paused()
+            self.report(side, "returned" if paused else "lost", name)
         return task
 
     def _tell_unreadable(self, name: str, error: taskqueue.Unreadable) -> None:
@@ -326,7 +333,7 @@ class Holdings:
         """
         for side in list(self.sides.values()):
             if side.claims is not None and side.claims.worker_id != worker_id:
-                side.claims = Claims(side.queue, worker_id, layout.paused)
+                side.claims = self.claims_for(side, worker_id, layout.paused)
         # By where they lie: a link may give a queue a second name.
         ours = {
             os.path.realpath(side.queue.directory): side.claims

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -82,11 +82,11 @@ class Refusals:
         self.forgive(name)
         self._by_name.pop(name, None)
 
-    def forget_member(self, member: Member) -> None:
-        """Forget what a member has refused."""
-        for name in member.refused:
-            self._by_name[name].members.discard(member)
-        member.refused.clear()
+    def take_back(self, member: Member, names: Iterable[str]) -> None:
+        """A member does not refuse these any more."""
+        for name in list(names):
+            self.members(name).discard(member)
+            member.refused.discard(name)
 
     def put_off(self, name: str, now: float) -> float:
         """Return until when a task that everybody has refused is offered to nobody."""

@@ -73,6 +73,8 @@ class Queue:
         self.due: float | None = None
         """When it is looked at again though nothing happens."""
         self.scheduler = Scheduler()
+        self._lost: dict[tuple[Member, str], int] = {}
+        """How often since the last look a worker found gone what waits all the same."""
         for name in queue.names():
             self.scheduler.add(name)
 
@@ -93,10 +95,17 @@ class Queue:
             self.scheduler.give_back(member, name)
         elif kind == "lost" and self.scheduler.lose(member, name) and self.queue.is_waiting(name):
             # Somebody may have given it back; but whoever cannot claim what waits is not to be rung for it for ever.
-            self.scheduler.refuse(member, name)
+            self._lost[member, name] = losses = self._lost.get((member, name), 0) + 1
+            if losses > 1:
+                self.scheduler.refuse(member, name)
+            else:
+                self.scheduler.add(name)
 
     def drift(self) -> Iterator[None]:
-        """Compare what is believed with the disk, in steps."""
+        """Compare what is believed with the disk, in steps; who could not claim something may try again."""
+        for member, name in self._lost:
+            self.scheduler.forgive(member, [name])
+        self._lost.clear()
         return self.scheduler.drift(time.monotonic(), self.queue.names(), self._held())
 
     def _held(self) -> Iterator[tuple[Member, list[str]]]:

@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING or not __package__:
     import directories
     import files
+    import frames
     from fifo import Reader
     from poller import Poller, guarded
 else:
-    from . import directories, files
+    from . import directories, files, frames
     from .fifo import Reader
     from .poller import Poller, guarded
 
@@ -86,6 +87,15 @@ class Pipes:
         """Handle a frame as if it had come by a pipe."""
         for reader in self._readers.get(name, [])[-1:]:
             self._handle(name, reader, [data])
+
+    def find_bodies(self, name: str) -> None:
+        """Handle the messages that lie on the disk for a pipe, whose frames may have been lost.
+
+        :raises OSError: it cannot be seen what lies there.
+        """
+        for body in files.listed(self._directory):
+            if directories.body_receiver(body) == name:
+                self.inject(name, frames.claim_check(body))
 
     def look(self) -> None:
         """Make again what has lost its name, and touch the rest, so that nobody takes it for forgotten."""

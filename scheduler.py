@@ -75,7 +75,7 @@ class Scheduler:
     def join(self, member: Member) -> None:
         """A worker subscribes, or does so once more, or with another prefetch: it may take what it refused before."""
         self.members.add(member)
-        self._forgive(member)
+        self.forgive(member, member.refused)
 
     def leave(self, member: Member) -> None:
         """A worker is gone: what it was offered waits again. What it held is for its caller to add, from the disk."""
@@ -83,10 +83,11 @@ class Scheduler:
         for name in list(member.offered):
             self._forget(name)
             self.add(name)
-        self._forgive(member)
+        self.forgive(member, member.refused)
 
-    def _forgive(self, member: Member) -> None:
-        self._refusals.forget_member(member)
+    def forgive(self, member: Member, names: Iterable[str]) -> None:
+        """A worker may be offered again what it has refused."""
+        self._refusals.take_back(member, names)
         self._regroup = True
         self._turns.changed.setdefault(member, 0)
 

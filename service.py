@@ -5,8 +5,8 @@ they meet the coordinator, which knows none of them.
 
 Rules:
 - A signal is answered in the coordinator's own loop, and never without a line in the log.
-- What ends: SIGTERM, SIGINT, SIGQUIT, and SIGHUP where that says that the terminal is gone. Elsewhere SIGHUP opens the
-  log anew, as logrotate wants it. SIGUSR1 and SIGUSR2, which would kill, mean nothing.
+- What ends: SIGTERM, SIGINT, SIGQUIT, and SIGHUP where standard error is a terminal, which is gone then. Elsewhere
+  SIGHUP opens the log anew, as logrotate wants it. SIGUSR1 and others that would kill mean nothing.
 - A full disk keeps no coordinator from serving, and nor does a terminal that is not read. Whoever starts it is told.
 """
 
@@ -39,6 +39,7 @@ _LOGGER = logging.getLogger("coordinator")
 _MEANINGLESS = (
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGVTALRM, signal.SIGPROF, signal.SIGIO),
     *(getattr(signal, name) for name in ("SIGPWR", "SIGSTKFLT") if hasattr(signal, name)),
+    *(range(signal.SIGRTMIN, signal.SIGRTMAX + 1) if hasattr(signal, "SIGRTMIN") else ()),
 )
 """What would end us by default (signal(7)), and nobody sends in earnest."""
 
@@ -100,11 +101,20 @@ class Log(logging.handlers.RotatingFileHandler):
 class Terminal(logging.Handler):
     """What is logged, for whoever watches; a reader that does not read holds nobody up, and misses it."""
 
+    def __init__(self, descriptor: int) -> None:
+        """:param descriptor: of standard error."""
+        super().__init__()
+        with contextlib.suppress(OSError):
+            # Opened once more, to be written to without blocking: other processes share standard error.
+            descriptor = os.open(os.ttyname(descriptor), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        self._descriptor = descriptor
+
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a line where it can be written now."""
-        with contextlib.suppress(OSError, ValueError):  # It is closed.
-            if sys.stderr is not None and select.select([], [sys.stderr], [], 0.0)[1]:
-                print(self.format(record), file=sys.stderr)
+        """Write of a line what can be written now."""
+        line = f"{self.format(record)}\n".encode(errors="backslashreplace")
+        with contextlib.suppress(OSError):  # It is full, or closed.
+            while line and select.select([], [self._descriptor], [], 0.0)[1]:
+                line = line[os.write(self._descriptor, line[: select.PIPE_BUF]) :]
 
 
 def log_to(file: Path, *, terminal: bool) -> Log:
@@ -114,8 +124,8 @@ def log_to(file: Path, *, terminal: bool) -> Log:
     """
     log = Log(file)
     handlers: list[logging.Handler] = [log]
-    if terminal:
-        handlers.append(Terminal())
+    if terminal and sys.stderr is not None:
+        handlers.append(Terminal(sys.stderr.fileno()))
     logging.raiseExceptions = False  # Whoever closes the terminal is not to be told so.
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers)
     return log
@@ -167,7 +177,8 @@ def answer_signals(log: Log, call: Callable[[Callable[[], object]], None], stop:
 def _ask(
     call: Callable[[Callable[[], object]], None], action: Callable[[str], object], number: int, _frame: object
 ) -> None:
-    call(functools.partial(action, signal.Signals(number).name))
+    names = {each.value: each.name for each in signal.Signals}  # Most real-time signals have none.
+    call(functools.partial(action, names.get(number, f"signal {number}")))
 
 
 def raise_limit() -> None:

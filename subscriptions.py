@@ -29,7 +29,6 @@ if TYPE_CHECKING or not __package__:
     import fifo
     import presence
     import taskqueue
-    from claims import Claims
     from holding import Holdings, Side
     from life import Intake, Life
     from poller import HELD_UP_SECONDS, Poller
@@ -37,7 +36,6 @@ if TYPE_CHECKING or not __package__:
     from subscribers import MessageSubscribers
 else:
     from . import directories, fifo, presence, taskqueue
-    from .claims import Claims
     from .holding import Holdings, Side
     from .life import Intake, Life
     from .poller import HELD_UP_SECONDS, Poller
@@ -150,7 +148,7 @@ class Subscriptions:
             self.ensure_open()
             life = self.live(None)
             if side.claims is None:
-                claims = self._holdings.claims_of(side.queue) or Claims(side.queue, life.worker_id, self._layout.paused)
+                claims = self._holdings.claims_for(side, life.worker_id, self._layout.paused)
                 side.claims = claims if side.claims is None else side.claims
 
     def live(self, worker_id: str | None) -> Life:
