@@ -253,8 +253,8 @@ class Calls:
         self._unended.clear()
 
     def _end(self, future: Reply, how: Callable[[], object], pause: float = _FIRST_PAUSE_SECONDS) -> None:
-        # Whoever holds one may hold many (`concurrent.futures.wait` does): they are not waited for one by one.
-        if future.end(how, 0.0 if self._unended else _LOOKED_AT_SECONDS):
+        # Together, as whoever holds one may hold many: `concurrent.futures.wait` does.
+        if future.end(how, _LOOKED_AT_SECONDS / (1 + len(self._unended))):
             self._unended.pop(future, None)
             return
         self._unended[future] = how
