@@ -142,7 +142,7 @@ def pause(config_path: str | os.PathLike[str]) -> bool:
 
     :raises presence.CoordinatorError: no broker has run there.
     """
-    mark = find(config_path).paused
+    mark = own(config_path).paused
     if os.path.lexists(mark):
         return False
     files.write_whole(mark, b"", durable=True)
@@ -156,7 +156,7 @@ def resume(config_path: str | os.PathLike[str]) -> bool:
     :raises presence.CoordinatorError: no broker has run there.
     :raises OSError: the mark cannot be removed.
     """
-    layout = find(config_path)
+    layout = own(config_path)
     if not os.path.lexists(layout.paused):
         return False
     try:
@@ -176,7 +176,7 @@ def drain(config_path: str | os.PathLike[str], timeout: float | None = None) -> 
     :raises presence.CoordinatorError: no broker has run there, or somebody has resumed meanwhile.
     :raises OSError: what is in hand cannot be seen.
     """
-    layout = find(config_path)
+    layout = own(config_path)
     pause(config_path)
     deadline = None if timeout is None else time.monotonic() + timeout
     while os.path.lexists(layout.paused):
@@ -203,6 +203,10 @@ def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
     in_hand: collections.Counter[str] = collections.Counter()
     rows, unreadable = [], list[str]()
     if layout is not None:
+        try:
+            directories.check_format(layout)
+        except directories.DirectoryRefused as error:
+            unreadable.append(str(error))
         for key, queue in queues(layout).items():
             try:
                 rows.append({"name": queue_name(layout, key), **_queue_row(queue, in_hand, unreadable)})
@@ -265,6 +269,18 @@ def find(config_path: str | os.PathLike[str]) -> directories.Layout:
     return layout
 
 
+def own(config_path: str | os.PathLike[str]) -> directories.Layout:
+    """Return where things are that are about to be changed.
+
+    :raises presence.CoordinatorError: no broker has run there, or it is another user's: its files would become ours.
+    :raises directories.DirectoryRefused: the queue has a format that this version does not know.
+    """
+    layout = find(config_path)
+    if os.stat(layout.queue).st_uid != os.geteuid():
+        raise presence.CoordinatorError(f"{layout.queue} is another user's: do this as that user")
+    return layout
+
+
 def expect(config_path: Path) -> None:
     """Look whether a directory is a profile's, though no broker may have run there yet.
 
@@ -295,8 +311,14 @@ def queue_name(layout: directories.Layout, key: str) -> str:
 
 
 def meant(name: str) -> str:
-    """Return which named queue `queue_name` calls so."""
-    return name.removeprefix(_NAMED)
+    """Return which named queue `queue_name` calls so.
+
+    :raises presence.CoordinatorError: it calls none so.
+    """
+    named = name.removeprefix(_NAMED)
+    if named != name and named != "default" and not named.startswith(_NAMED):
+        raise presence.CoordinatorError(f"no queue is called {name}; do you mean {named}?")
+    return named
 
 
 def ring(layout: directories.Layout, key: str, name: str) -> None:

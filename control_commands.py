@@ -26,11 +26,13 @@ if TYPE_CHECKING or not __package__:
     import control
     import control_log
     import control_print
+    import control_profiles
     import control_tasks
     import control_words as words
+    import directories
     import presence
 else:
-    from . import control, control_log, control_print, control_tasks, presence
+    from . import control, control_log, control_print, control_profiles, control_tasks, directories, presence
     from . import control_words as words
 
 Answer: TypeAlias = Generator[tuple["str | Iterable[str]", dict[str, Any]], None, "int | None"]
@@ -62,6 +64,10 @@ def stop(options: argparse.Namespace) -> Answer:
 
 def restart(options: argparse.Namespace) -> Answer:
     """Stop it if it runs, and start it."""
+    layout = directories.locate(options.directory)
+    if layout is not None:
+        # Before it is stopped, as it could not be started again.
+        directories.check(layout, control_profiles.uuid(options.directory))
     control.stop(options.directory)
     return (yield from start(options, "Restarted"))
 
@@ -73,12 +79,16 @@ def status(options: argparse.Namespace) -> Answer:
         said = control.status(options.directory)
         if not options.watch:
             yield words.status(said), said
+            if said["format"] not in (None, directories.FORMAT):
+                return FAILED
             return 0 if said["running"] else NOT_RUNNING
         if sys.stdout is not None and sys.stdout.isatty():
             lines = list(words.bars(said, colour="NO_COLOR" not in os.environ))
             _, height = _screen()
             # Each line is written over the last one, and what is below it removed, so that nothing flickers.
-            yield "\033[H" + "".join(f"{line}\033[K\n" for line in lines[: height - 1]) + "\033[J", said
+            shown = "".join(f"{line}\033[K\n" for line in lines[: height - 1])
+            # Where a line is too long, its end is not shown: it would take another one's place.
+            yield f"\033[H\033[?7l{shown}\033[?7h\033[J", said
         else:
             yield words.one_line(said), said
         # A person watches, once a second.
@@ -233,14 +243,17 @@ def _installing() -> Any:
 
 def list_(options: argparse.Namespace) -> Answer:
     """List the profiles of this user that have used the broker."""
-    rows = _installing().installations()
+    problems: list[Exception] = []
+    rows = _installing().installations(problems.append)
     yield words.installations(rows), {"profiles": rows}
-    return 0
+    for problem in problems:
+        control_print.complain(options.prog, problem, FAILED)
+    return FAILED if problems else 0
 
 
 def delete(options: argparse.Namespace) -> Answer:
     """Delete the queue of the profile, with all its tasks, and its pipes."""
-    counts = control.status(control.find(options.directory).config_path)["tasks"]
+    counts = control.status(control.own(options.directory).config_path)["tasks"]
     if not options.yes:
         question = f"Delete {options.directory}/coordinator with {words.counts(counts)}? [y/N] "
         control_print.ask(words.plain(question))

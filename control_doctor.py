@@ -116,7 +116,7 @@ def _coordinator(layout: directories.Layout) -> Iterator[Finding]:
 
 def _versions(layout: directories.Layout) -> Iterator[Finding]:
     said = presence.coordinator(layout)
-    if said is not None and said.get("version") != directories.VERSION:
+    if said is not None and "since" in said and said.get("version") != directories.VERSION:
         yield Finding(
             f"the coordinator has version {said.get('version') or 'unknown'}, and this is {directories.VERSION}",
             "run 'restart'",
@@ -182,7 +182,8 @@ def _tasks(layout: directories.Layout) -> Iterator[Finding]:
             except FileNotFoundError:
                 continue
             except (OSError, taskqueue.Unreadable) as error:
-                yield Finding(f"{queue.file(name)} cannot be read: {error}", f"remove it by 'remove {name}'")
+                remedy = "move it elsewhere" if os.path.isdir(queue.file(name)) else f"remove it by 'remove {name}'"
+                yield Finding(f"{queue.file(name)} cannot be read: {error}", remedy)
 
 
 def _room(layout: directories.Layout) -> Iterator[Finding]:

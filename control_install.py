@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +28,19 @@ else:
     from . import control, control_profiles, directories, files, presence, strangers
 
 
-def installations() -> list[dict[str, Any]]:
-    """Return the profiles of this user that have used the broker; the answer is what ``list --json`` prints."""
+def installations(warn: Callable[[Exception], object] = lambda error: None) -> list[dict[str, Any]]:
+    """Return the profiles of this user that have used the broker; the answer is what ``list --json`` prints.
+
+    :param warn: told of what cannot be read, which hides nothing else.
+    """
     rows = []
     for config in dict.fromkeys([*(config for _, config in directories.configurations()), *_of_aiida()]):
-        with contextlib.suppress(OSError, ValueError):  # One that cannot be read hides no other.
+        try:
             layout = directories.locate(config)
             if layout is not None:
                 rows.append(_row(layout))
+        except (OSError, ValueError) as error:
+            warn(error)
     return sorted(rows, key=lambda row: (str(row["profile"]), row["directory"]))
 
 
@@ -72,9 +77,7 @@ def delete(config_path: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]
     :raises presence.CoordinatorError: somebody uses it, or the coordinator does not end.
     :raises OSError: something cannot be removed.
     """
-    layout = control.find(config_path)
-    if os.stat(layout.queue).st_uid != os.geteuid():
-        raise presence.CoordinatorError(f"{layout.queue} is another user's: delete it as that user")
+    layout = control.own(config_path)
     _refuse_inhabited(layout)
     control.stop(config_path)
     _refuse_inhabited(layout)

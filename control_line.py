@@ -33,19 +33,22 @@ else:
 
 Serve = Callable[..., None]
 """Serves in the foreground, as `coordinator.serve` does and takes it."""
+Where: TypeAlias = tuple[str, Path]
+"""A profile's name and directory."""
 _WITHOUT_PROFILE = ("list",)
 _LONGEST_SECONDS = 1e8  # Three years: what the system can wait has a limit.
 
 
-def main(arguments: list[str] | None, serve: Serve, prog: str) -> int:
+def main(arguments: list[str] | None, serve: Serve, prog: str, where: Where | None = None) -> int:
     """Run the command line; return the exit status.
 
     :param serve: what serves in the foreground.
     :param prog: what its user has called, for usage and errors.
+    :param where: which profile is meant, where that is not for these arguments to say.
     """
     control_print.prepare()
     try:
-        return _obey(_options(arguments, prog), serve)
+        return _obey(_options(arguments, prog, where), serve)
     except control.TimedOut as error:
         return control_print.complain(prog, error, commands.TIMED_OUT)
     except (RuntimeError, OSError, ValueError) as error:
@@ -54,9 +57,10 @@ def main(arguments: list[str] | None, serve: Serve, prog: str) -> int:
         return commands.INTERRUPTED
 
 
-def _options(arguments: list[str] | None, prog: str) -> argparse.Namespace:
-    parser, _ = parsers(prog)
-    blank = argparse.Namespace(profile=None, config_path=None, json=False, idle=None, prog=prog)
+def _options(arguments: list[str] | None, prog: str, where: Where | None) -> argparse.Namespace:
+    parser, _ = parsers(prog, with_profile=where is None)
+    profile, config_path = where or (None, None)
+    blank = argparse.Namespace(profile=profile, config_path=config_path, json=False, idle=None, prog=prog)
     # What argparse does where its help or its complaint cannot be printed depends on the Python.
     printed, complaint = io.StringIO(), io.StringIO()
     try:
@@ -131,37 +135,42 @@ def _config_path(options: argparse.Namespace) -> Path:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError
-    return min(value, _LONGEST_SECONDS)
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < float("inf"):
+            return min(value, _LONGEST_SECONDS)
+    raise argparse.ArgumentTypeError(f"{text!r:.80} is no number of seconds")
 
 
 def _number(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
+    with contextlib.suppress(ValueError):
+        if (value := int(text)) >= 0:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r:.80} is no number")
 
 
 def _body(text: str) -> Any:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it has {constant}")
+
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error}); a string is '\"text\"'") from None
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no JSON ({error}); a string is '\"text\"'") from None
 
 
 Obey: TypeAlias = Callable[[argparse.Namespace], commands.Answer]
 Add: TypeAlias = Callable[[Obey], argparse.ArgumentParser]
 
 
-def parsers(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """Return what understands a command line, and each command's own part of it, for whoever has them as its own."""
+def parsers(prog: str, *, with_profile: bool) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Return what understands a command line, and each command's own part of it, for whoever has them as its own.
+
+    :param with_profile: it says itself which profile is meant.
+    """
     # Before the command or after it; what is not given after it does not undo what was given before.
     common, default = argparse.ArgumentParser(add_help=False), argparse.SUPPRESS
-    common.add_argument("--profile", default=default, metavar="NAME", help="its name (default: AiiDA's current one)")
-    where = "its directory (default: where AiiDA has it, or ~/.aiida/profiles/NAME)"
-    common.add_argument("--config-path", default=default, metavar="DIR", help=where)
+    if with_profile:
+        _add_profile(common)
     common.add_argument("--json", default=default, action="store_true", help="print JSON, one object a line")
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -185,6 +194,13 @@ def parsers(prog: str) -> tuple[argparse.ArgumentParser, dict[str, argparse.Argu
     for add_some in (_add_coordinator, _add_tasks, _add_trials, _add_installations):
         add_some(add)
     return parser, found
+
+
+def _add_profile(common: argparse.ArgumentParser) -> None:
+    default = argparse.SUPPRESS
+    common.add_argument("--profile", default=default, metavar="NAME", help="its name (default: AiiDA's current one)")
+    where = "its directory (default: where AiiDA has it, or ~/.aiida/profiles/NAME)"
+    common.add_argument("--config-path", default=default, metavar="DIR", help=where)
 
 
 def _add_coordinator(add: Add) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING, TextIO
@@ -29,7 +30,8 @@ class SeenEnough(Exception):
 
 
 def prepare() -> None:
-    """Let all be printed that may be in a name, whether or not the terminal has it."""
+    """Let all be printed that may be in a name, whether or not the terminal has it; and what is logged go nowhere."""
+    logging.lastResort = logging.NullHandler()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             with contextlib.suppress(OSError, ValueError):  # It is closed.
@@ -55,7 +57,7 @@ def complain(prog: str, error: Exception, status: int) -> int:
 
     :param prog: what its user has called.
     """
-    ask(f"{prog}: {words.plain(files.told(error))}\n")
+    ask(f"{prog}: {words.flat(files.told(error))}\n")
     return status
 
 

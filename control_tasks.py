@@ -148,7 +148,10 @@ def _outcome(found: Found) -> str | None:
     if found.state not in ("completed", "failed"):
         return None
     reason = found.queue.reason(found.name, found.state).strip()
-    return reason.rsplit("\n", 1)[-1] or ("done" if found.state == "completed" else "given up on")
+    # A traceback, whose last line is the exception; but that may have several, which are not indented either.
+    lines = reason.rsplit("Traceback (most recent call last):\n", 1)[-1].split("\n")
+    last = next((line for line in lines if line and not line.startswith(" ")), lines[-1])
+    return last or ("done" if found.state == "completed" else "given up on")
 
 
 def _find(layout: directories.Layout, task_id: str) -> Found:
@@ -214,11 +217,13 @@ def _is_read(pipe: Path) -> bool:
 
 
 def _pid(layout: directories.Layout, worker_id: str) -> int | None:
-    """Return the pid of a live worker; `None` if it is dead."""
-    with contextlib.suppress(OSError, ValueError):
-        if presence.is_alive(layout, worker_id):
-            return presence.Worker.read(layout.entry(worker_id)).pid
-    return None
+    """Return the pid of a live worker, 0 if that is not known; `None` if it is dead."""
+    try:
+        if not presence.is_alive(layout, worker_id):
+            return None
+        return presence.Worker.read(layout.entry(worker_id)).pid
+    except (OSError, ValueError):
+        return 0
 
 
 def _let_go(layout: directories.Layout, found: Found) -> Found:
@@ -243,7 +248,7 @@ def requeue(config_path: str | os.PathLike[str], task_ids: Iterable[str]) -> Ite
     :param task_ids: their ids, or the beginnings or ends of them.
     :raises presence.CoordinatorError: no broker has run there.
     """
-    return _each(control.find(config_path), task_ids, _requeue)
+    return _each(control.own(config_path), task_ids, _requeue)
 
 
 def remove(config_path: str | os.PathLike[str], task_ids: Iterable[str]) -> Iterator[Done]:
@@ -252,7 +257,7 @@ def remove(config_path: str | os.PathLike[str], task_ids: Iterable[str]) -> Iter
     :param task_ids: their ids, or the beginnings or ends of them.
     :raises presence.CoordinatorError: no broker has run there.
     """
-    return _each(control.find(config_path), task_ids, _remove)
+    return _each(control.own(config_path), task_ids, _remove)
 
 
 def purge(config_path: str | os.PathLike[str], state: str, queue: str | None = None) -> Iterator[Done]:
@@ -262,7 +267,7 @@ def purge(config_path: str | os.PathLike[str], state: str, queue: str | None = N
     :param queue: the name of a queue (default: all).
     :raises presence.CoordinatorError: no broker has run there, or there is no such queue.
     """
-    layout = control.find(config_path)
+    layout = control.own(config_path)
     _expect_queue(layout, queue)
     problems: list[OSError] = []
     for found in list(_all(layout, (state,), queue, problems.append)):
@@ -310,6 +315,8 @@ def _requeue(layout: directories.Layout, found: Found) -> None:
 
 def _remove(layout: directories.Layout, found: Found) -> None:
     found = _let_go(layout, found)
+    if os.path.isdir(found.path) and not os.path.islink(found.path):
+        raise NoSuchTask(f"{found.path} is a directory, and none of the broker's: move it elsewhere")
     # By way of failed/: whoever is interrupted here, or killed, leaves it where everybody sees it, and why.
     if found.state == "waiting":
         if not found.queue.fail(found.name, "", "it was being removed: do so again, or requeue it"):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import logging
 import os
 import time
 from collections.abc import Iterator
@@ -78,7 +77,6 @@ def broadcast(
 @contextlib.contextmanager
 def _communicator(profile_name: str, config_path: str | os.PathLike[str]) -> Iterator[PipeCommunicator]:
     control.find(config_path)  # A mistyped profile is not to be made.
-    logging.getLogger().addHandler(logging.NullHandler())  # What goes wrong is raised, and said once.
     with PipeCommunicator(profile_name, config_path) as communicator:
         yield communicator
 

@@ -197,7 +197,7 @@ def task(answer: dict[str, Any], screen: tuple[int, int] | None) -> Iterator[str
     yield f"Queue:    {flat(answer['queue'])}"
     yield f"Sent:     {duration(answer['age_seconds'])} ago, {_sender(answer)}"
     if answer["worker"]:
-        lives = f"pid {answer['worker_pid']}" if answer["worker_pid"] else "which is dead"
+        lives = "which is dead" if answer["worker_pid"] is None else f"pid {answer['worker_pid'] or '?'}"
         yield f"Worker:   {flat(answer['worker'])}, {lives}"
     yield f"Deaths:   {answer['deaths']}"
     yield f"File:     {flat(answer['file'])}, {'? bytes' if answer['size'] is None else count(answer['size'], 'byte')}"

@@ -434,10 +434,11 @@ def _serve(profile_name: str, layout: directories.Layout, idle: float | None, st
         ended = not coordinator.company.has_come_back()
 
 
-def main(arguments: list[str] | None = None, prog: str = "") -> int:
+def main(arguments: list[str] | None = None, prog: str = "", where: tuple[str, Path] | None = None) -> int:
     """Run the command line; return the exit status.
 
     :param prog: what its user has called, where that is more than the name of a script.
+    :param where: the name and directory of the profile, where these arguments are not to say which.
     """
     # Not at the top: it is no part of what serves. It is told how to serve, since what runs as a script is called
     # `__main__`, and importing it by its name would load it a second time.
@@ -445,7 +446,7 @@ def main(arguments: list[str] | None = None, prog: str = "") -> int:
         import control_line
     else:
         from . import control_line
-    return control_line.main(arguments, serve, prog or os.path.basename(sys.argv[0]) or "coordinator.py")
+    return control_line.main(arguments, serve, prog or os.path.basename(sys.argv[0]) or "coordinator.py", where)
 
 
 if __name__ == "__main__":

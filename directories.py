@@ -147,7 +147,7 @@ def establish(profile_name: str, config_path: str | os.PathLike[str], profile_uu
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise
         raise DirectoryRefused(
-            f"the directory {config} cannot be used: {error.strerror} ({error.filename or config}). "
+            f"the directory {config} cannot be used: {error.strerror} ({error.filename2 or error.filename or config}). "
             "Make it writable for this user, or name another configuration directory."
         ) from error
 

@@ -95,7 +95,8 @@ def write_all(descriptor: int, data: bytes, path: Path | str) -> None:
 def told(error: Exception) -> str:
     """Return in one sentence what was wrong; of what the system refused, where."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        where = error.filename2 or error.filename  # Of two, as a rename has, it is the new one that cannot be made.
+        return f"{where}: {error.strerror}" if where else error.strerror
     return str(error)
 
 

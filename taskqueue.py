@@ -327,11 +327,13 @@ class TaskQueue:
             old = not begin <= name <= end and files.is_older(self.file(name, "completed"), COMPLETED_KEPT_SECONDS)
             count += not old
             yield old and self._remove_completed(name)
-        newest: list[tuple[float, str]] = []
+        # What raised is kept longest, so that no error is lost from sight among many that went well.
+        newest: list[tuple[bool, float, str]] = []
         for name in self.names("completed") if count > COMPLETED_KEPT else ():
             with contextlib.suppress(FileNotFoundError):
-                heapq.heappush(newest, (os.lstat(self.file(name, "completed")).st_ctime, name))
-            yield len(newest) > COMPLETED_KEPT and self._remove_completed(heapq.heappop(newest)[1])
+                raised = os.path.lexists(f"{self._root}/completed/task_{name}.reason")
+                heapq.heappush(newest, (raised, os.lstat(self.file(name, "completed")).st_ctime, name))
+            yield len(newest) > COMPLETED_KEPT and self._remove_completed(heapq.heappop(newest)[2])
 
     def _remove_completed(self, name: str) -> bool:
         self.forget_reason(name, "completed")

@@ -124,7 +124,7 @@ class Terminal:
 
 
 def test_each_command_is_tried_here() -> None:
-    assert {line.split()[0] for line in COMMANDS} | {"configure"} == set(control_line.parsers("")[1])
+    assert {line.split()[0] for line in COMMANDS} | {"configure"} == set(control_line.parsers("", with_profile=True)[1])
 
 
 def test_each_command_in_a_pipe_and_in_a_terminal(served: Broker) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pty
 import signal
@@ -15,8 +16,10 @@ import pytest
 
 import burial
 import control
+import control_line
 import directories
 import engine
+import files
 import peers
 import taskqueue
 from harness import COORDINATOR, HOLDER, PULLER, RECORDER, TIMEOUT, Broker, eventually
@@ -288,3 +291,126 @@ def test_one_link_that_cannot_be_followed_keeps_no_dead_from_being_buried(served
     for pipe in served.pipes.glob("reply_*"):
         if not directories.is_read(pipe):
             pipe.unlink()  # Or the coordinator does so, after a while.
+
+
+# The commands
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+@pytest.mark.parametrize(
+    "line", ["pause", "resume", "drain", "requeue 1", "remove 1", "purge --state failed", "delete --yes"]
+)
+def test_what_is_another_users_is_not_changed(broker: Broker, line: str) -> None:
+    broker.communicator().close()
+    os.chown(broker.queue, 65534, -1)
+    try:
+        said = broker.run(*line.split(), status=1)
+    finally:
+        os.chown(broker.queue, 0, -1)
+    assert f"{broker.queue} is another user's: do this as that user" in said and not (broker.queue / "paused").exists()
+
+
+def test_what_raised_is_kept_longest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taskqueue, "COMPLETED_KEPT", 5)
+    queue = taskqueue.TaskQueue(tmp_path)
+    queue.make()
+    for number in range(10):
+        (tmp_path / "completed" / f"task_{number}.json").write_text("{}")
+    (tmp_path / "completed" / "task_0.reason").write_text("ValueError: no")
+    for _ in queue.sweep():
+        pass
+    left = sorted(queue.names("completed"))
+    assert len(left) == 5 and left[0] == "0" and queue.reason("0", "completed")
+
+
+def test_what_could_not_be_started_again_is_not_stopped_by_restart(served: Broker) -> None:
+    pid = served.status()["pid"]
+    said = (served.queue / "format").read_text()
+    (served.queue / "format").write_text(said.replace("1", "2", 1))
+    try:
+        assert "has format 2" in served.run("restart", status=1)
+        status = served.run("status", status=1)
+        assert f"pid {pid}" in status and "has format 2, and this version knows 1" in status
+    finally:
+        (served.queue / "format").write_text(said)
+    assert served.status()["pid"] == pid
+
+
+def test_a_directory_in_place_of_a_task_is_left_where_it_is(served: Broker) -> None:
+    task = served.queue / f"task_{1:020d}-00000000.json"
+    task.mkdir()
+    assert "move it elsewhere" in served.run("remove", "00000000", status=1) and task.is_dir()
+    assert "move it elsewhere" in served.run("doctor", status=1)
+    task.rmdir()
+
+
+def test_who_lives_and_has_lost_his_entry_is_not_said_to_be_dead(served: Broker) -> None:
+    served.communicator("holder").add_task_subscriber(lambda *_: kiwipy.Future())
+    served.communicator().task_send("x", no_reply=True)
+    eventually(lambda: served.status()["tasks"]["claimed"] == 1)
+    (served.config_path / "pipes" / "worker_holder.json").unlink()
+    (row,) = served.tasks()
+    assert "holder, pid ?" in served.run("show", row["id"])
+
+
+def test_list_says_what_it_cannot_read(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broker.communicator().close()
+    scanned = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).rstrip("/") == str(broker.queue):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scanned(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # As root may list whatever there is.
+    assert control_line.main(["list"], print, "coordinator") == 1
+    said = capsys.readouterr()
+    assert f"coordinator: {broker.queue}/: Permission denied" in said.err and broker.profile not in said.out
+
+
+def test_an_entry_that_is_gone_is_no_old_version(served: Broker) -> None:
+    (served.config_path / "pipes" / "coordinator.json").unlink()
+    assert "unknown" not in served.run("doctor", status=0)
+
+
+def test_what_a_subscriber_raises_is_one_line_and_says_what_it_was(served: Broker) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("bad\ncoordinator.py: all is well")
+
+    worker = served.communicator()
+    worker.add_task_subscriber(fails)
+    said = served.run("send", "1", "--wait", status=1)
+    assert said.count("\n") == 1 and "bad" in said
+    (row,) = served.tasks()
+    assert row["outcome"] == "ValueError: bad"
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "said"),
+    [
+        ("send NaN", 2, "it has NaN"),
+        ("send [-Infinity]", 2, "it has -Infinity"),
+        ("send 1 --queue queues/x", 1, "do you mean x?"),
+        ("logs -n x", 2, "'x' is no number"),
+        ("drain --timeout -1", 2, "'-1' is no number of seconds"),
+    ],
+)
+def test_what_is_mistyped_is_said_to_be_that(served: Broker, line: str, status: int, said: str) -> None:
+    answer = served.run(*line.split(), status=status)
+    assert said in answer and "_seconds" not in answer
+
+
+def test_of_two_paths_it_is_the_new_one_that_is_named() -> None:
+    assert files.told(OSError(20, "Not a directory", "/a", None, "/b")) == "/b: Not a directory"
+
+
+def test_a_real_time_signal_leaves_a_line(broker: Broker) -> None:
+    command = [*COORDINATOR, "--profile", broker.profile, "--config-path", broker.config_path]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        eventually(lambda: (broker.queue / "coordinator.log").exists() and "Serving" in broker.log())
+        process.send_signal(signal.SIGRTMIN + 3)
+        eventually(lambda: f"Passed over signal {signal.SIGRTMIN + 3}" in broker.log())
+        process.terminate()
+        assert process.wait(TIMEOUT) == 0

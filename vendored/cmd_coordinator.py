@@ -25,7 +25,7 @@ PROG = 'verdi coordinator'
 def _parsers() -> dict[str, argparse.ArgumentParser]:
     from aiida.brokers.namedpipe import control_line
 
-    return control_line.parsers(PROG)[1]
+    return control_line.parsers(PROG, with_profile=False)[1]
 
 
 class CoordinatorCommand(click.Command):
@@ -43,18 +43,20 @@ class CoordinatorCommand(click.Command):
             params=[click.Argument(['arguments'], nargs=-1, type=click.UNPROCESSED)],
             help=parser.description,
             add_help_option=False,
-            context_settings={'ignore_unknown_options': True},
         )
         self._parser = parser
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Leave all of them to that parser."""
+        ctx.params = {'arguments': tuple(args)}
+        return []
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Return the options that begin so."""
         found = super().shell_complete(ctx, incomplete)
         for action in self._parser._actions:
-            # Which profile is for verdi's own option to say.
-            if action.dest not in ('profile', 'config_path'):
-                names = [name for name in action.option_strings if name.startswith(incomplete)]
-                found += [CompletionItem(name, help=action.help) for name in names]
+            names = [name for name in action.option_strings if name.startswith(incomplete)]
+            found += [CompletionItem(name, help=action.help) for name in names]
         return found
 
 
@@ -82,9 +84,8 @@ def run_coordinator_command(profile: Profile, command: str, *arguments: str) -> 
 
     if command in ('start', 'restart') and profile.process_control_backend != 'core.namedpipe':
         echo.echo_warning(f'Profile `{profile.name}` uses another broker: `{PROG} configure` changes that.')
-    # Last, so that they hold: another profile is for `verdi --profile` to name.
-    given = [command, *arguments, f'--profile={profile.name}', f'--config-path={_directory(profile)}']
-    return coordinator.main(given, PROG)
+    # Another profile is for `verdi --profile` to name.
+    return coordinator.main([command, *arguments], PROG, (profile.name, _directory(profile)))
 
 
 def delete_queue(profile: Profile) -> None:
