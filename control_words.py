@@ -1,4 +1,7 @@
-"""What is said to an operator, in words: pure functions from the data that ``control*.py`` returns to text.
+"""What is said to an operator, in words.
+
+Strategy: pure functions from the data that ``control*.py`` returns to lines of text, so that what is printed and what
+``--json`` prints are the same.
 
 Rules:
 - Whatever came from a file or a message is printed without what a terminal would obey.

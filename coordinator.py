@@ -208,7 +208,7 @@ class PipeCoordinator:
 
     def _on_message(self, message: frames.Message) -> None:
         kind = message["type"]
-        if kind == "task" and directories.is_quoted(message["name"]):
+        if kind == "task" and taskqueue.is_name(message["name"]):
             self._queues.add(message["queue"], message["name"])
         elif kind == "report":
             self._peers.report(message)

@@ -194,6 +194,8 @@ class Holdings:
 
     def _tell_unreadable(self, name: str, error: taskqueue.Unreadable) -> None:
         _LOGGER.error("Task %s failed: %s", name, error)
+        if error.envelope.get("no_reply"):
+            return
         correlation_id = error.envelope.get("correlation_id")
         text = self._post.express(correlation_id, {"exception": str(error)})
         self._post.deliver(error.envelope.get("reply_to"), correlation_id, text, outlives=True)

@@ -386,7 +386,7 @@ class Peers:
         queue, peer = self._queues.get(message.get("queue")), self._peers.get(str(message.get("worker")))
         if queue is None:
             return
-        if peer is not None and message.get("reply", peer.worker.reply) != peer.worker.reply:
+        if peer is not None and message.get("reply") not in (None, peer.worker.reply):
             peer = None
         member = peer.members.get(queue.key) if peer is not None else None
         for kind in _REPORTS:

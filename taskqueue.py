@@ -24,6 +24,7 @@ pipes nor processes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import logging
 import os
@@ -68,6 +69,12 @@ def new_id() -> str:
     with _clock:
         _last_time = max(time.time_ns(), _last_time + 1)
         return f"{_last_time:020d}-{os.urandom(4).hex()}"
+
+
+@functools.lru_cache(maxsize=4096)  # It comes about three times in a row.
+def is_name(name: object) -> bool:
+    """Say whether this can be the name of a task."""
+    return isinstance(name, str) and _FILE.fullmatch(f"task_{name}.json") is not None
 
 
 def is_file(name: str) -> bool:

@@ -9,6 +9,11 @@ PATH is an AiiDA source tree, or the directory of the installed `aiida` package.
 Strategy: work out first what every file is to hold, from what it holds now; stop if anything is not as expected; only
 then write. A file that AiiDA has is changed by whole lines only, so taking out the same lines restores it. What was
 interrupted is finished, or undone, by running it again.
+
+Rules:
+- What is not as it was left, or as AiiDA has it, is never written over: it is named, and nothing is changed.
+- A file is replaced as a whole, and never written in place: installers link installed files to their cache.
+- No `verdi` is left that cannot start: what AiiDA imports is there before the line that imports it, and goes after it.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import pty
 import signal
@@ -19,6 +20,7 @@ import control
 import control_line
 import directories
 import engine
+import fifo
 import files
 import peers
 import taskqueue
@@ -414,3 +416,48 @@ def test_a_real_time_signal_leaves_a_line(broker: Broker) -> None:
         eventually(lambda: f"Passed over signal {signal.SIGRTMIN + 3}" in broker.log())
         process.terminate()
         assert process.wait(TIMEOUT) == 0
+
+
+# What strangers write
+
+
+def test_nobody_is_told_of_what_nobody_wants_to_hear_of(served: Broker) -> None:
+    sender = served.communicator()
+    reply = sender._engine.reply
+    (served.queue / "task_1.json").write_text(json.dumps({"no_reply": True, "reply_to": reply, "correlation_id": "1"}))
+    (served.queue / "task_2.json").write_text(json.dumps({"reply_to": reply, "correlation_id": "2"}))
+    told: list[Any] = []
+    answer = sender._engine.calls.answer
+    sender._engine.calls.answer = lambda message: told.append(message["correlation_id"]) or answer(message)
+    served.communicator("worker").add_task_subscriber(lambda *_: None)
+    eventually(lambda: served.status()["tasks"]["failed"] == 2)
+    eventually(lambda: told == ["2"])
+
+
+def test_a_field_that_may_be_missing_may_be_null(served: Broker) -> None:
+    worker = served.communicator("worker", task_prefetch_count=1)
+    worker.add_task_subscriber(lambda *_: kiwipy.Future())
+    sender = served.communicator()
+    layout = directories.locate(served.config_path)
+    assert layout is not None
+    sender.task_send(1, no_reply=True)
+    eventually(lambda: served.status()["tasks"]["claimed"] == 1)
+    ((_, name),) = taskqueue.TaskQueue(layout.queue).claimed()
+    report = {"type": "report", "worker": "worker", "reply": None, "queue": "", "done": [name]}
+    # It has room as far as the coordinator knows, so it is rung for the next one.
+    assert fifo.knock(layout.pipes / directories.TASKS_INTAKE, report)
+    sender.task_send(2, no_reply=True)
+    eventually(lambda: worker._engine.default.put_by)
+
+
+def test_what_is_no_name_of_a_task_is_not_rung_for(served: Broker) -> None:
+    worker = served.communicator("worker", task_prefetch_count=1)
+    worker.add_task_subscriber(lambda _, body: body)
+    rung: list[str] = []
+    take = worker._engine.holdings.claim
+    worker._engine.holdings.claim = lambda side, name, **options: rung.append(name) or take(side, name, **options)
+    intake = served.pipes / directories.TASKS_INTAKE
+    for name in ("x.y", "x.y.1", "%41"):
+        assert fifo.knock(intake, {"type": "task", "queue": "", "name": name})
+    assert served.communicator().task_send("served").result(TIMEOUT) == "served"
+    assert len(rung) == 1
