@@ -142,9 +142,21 @@ def binaries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The programs in C, compiled."""
     made = tmp_path_factory.mktemp("c")
     for source in (EXAMPLES / "c").glob("*.c"):
-        flags = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-Wno-unused-function"]
-        subprocess.run([str(COMPILER), *flags, "-o", made / source.stem, source], check=True)
+        compiled(source, made / source.stem)
     return made
+
+
+def compiled(source: Path, binary: Path, *more: str) -> Path:
+    """Compile a program, with what the environment's ``CFLAGS`` say besides (``-fsanitize=address,undefined``, say)."""
+    flags = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", *os.environ.get("CFLAGS", "").split(), *more]
+    subprocess.run([str(COMPILER), *flags, "-o", binary, source], check=True)
+    return binary
+
+
+def write_text(pipe: Path, text: bytes) -> None:
+    """Write a frame with this very text."""
+    with open(pipe, "wb", buffering=0) as end:
+        end.write(len(text).to_bytes(4, "big") + text)
 
 
 def test_each_program_in_c_is_short() -> None:
@@ -212,9 +224,7 @@ def test_rpc_server_in_c_answers_what_has_come_when_it_is_told_to_end(
     programs.append(server)
     assert server.line() == "ready"
     (pipe,) = served.pipes.glob("rpc_c-*")
-    with open(pipe, "wb", buffering=0) as end:
-        text = b'{"to":"\\u1","body":1}'
-        end.write(len(text).to_bytes(4, "big") + text)
+    write_text(pipe, b'{"to":"\\u1","body":1}')
     server.stop()
     caller = served.communicator()
     futures = [caller.rpc_send("r", number) for number in range(50)]
@@ -287,6 +297,18 @@ def test_sender_in_c(served: Broker, binaries: Path, programs: list[Program]) ->
 
 
 @needs_compiler
+def test_sender_in_c_frees_what_it_was_given(served: Broker, tmp_path: Path) -> None:
+    flags = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+    try:
+        sender = compiled(EXAMPLES / "c" / "sender.c", tmp_path / "sender", *flags)
+    except subprocess.CalledProcessError:
+        pytest.skip("this compiler has no sanitizers")
+    served.child(ECHO, "w1")
+    said = subprocess.run([sender, served.config_path, "1"], check=False, capture_output=True, timeout=TIMEOUT)
+    assert (said.returncode, said.stdout, said.stderr) == (0, b"result: 1\n", b"")
+
+
+@needs_compiler
 def test_rpc_server_in_c(served: Broker, binaries: Path, programs: list[Program]) -> None:
     server = Program(binaries / "rpc_server", served.config_path, "A server.é")
     programs.append(server)
@@ -314,6 +336,8 @@ def test_listener_in_c(served: Broker, binaries: Path, programs: list[Program]) 
         sender.broadcast_send(body, "me", "subject", "c1")
         said = {"body": body, "sender": "me", "subject": "subject", "correlation_id": "c1"}
         assert json.loads(listener.line()) == said
+    write_text(served.pipes / "coordinator_broadcast", b'{"body":\n1}')
+    assert json.loads(listener.line()) == {"body": 1}
     listener.kill()
     eventually(lambda: os.listdir(served.queue / "claimed") == [])
 

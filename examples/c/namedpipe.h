@@ -5,6 +5,7 @@
  * - What cannot be done ends the program with a sentence (`die`), and the kernel lets go of all that it held: whoever
  *   buries it gives its tasks back. A program that is to go on catches what it can where it calls.
  * - A `char *` that is returned is the caller's to free. These programs are short, and say where they do not.
+ * - All here is `static inline`, so that no compiler wonders at what a program does not use.
  */
 #ifndef NAMEDPIPE_H
 #define NAMEDPIPE_H
@@ -35,7 +36,7 @@ struct reader { /* a FIFO of ours, and what has come and is no whole frame yet *
     unsigned char bytes[1 << 17];
 };
 
-static void die(const char *format, ...)
+static inline void die(const char *format, ...)
 {
     va_list arguments;
     va_start(arguments, format);
@@ -45,7 +46,7 @@ static void die(const char *format, ...)
     exit(1);
 }
 
-static char *text_of(const char *format, ...) /* as asprintf */
+static inline char *text_of(const char *format, ...) /* as asprintf */
 {
     va_list arguments;
     char *text;
@@ -56,7 +57,7 @@ static char *text_of(const char *format, ...) /* as asprintf */
     return text;
 }
 
-static void new_hex(char hex[33]) /* {hex} */
+static inline void new_hex(char hex[33]) /* {hex} */
 {
     unsigned char bytes[16];
     int random = open("/dev/urandom", O_RDONLY);
@@ -67,21 +68,28 @@ static void new_hex(char hex[33]) /* {hex} */
         sprintf(hex + 2 * i, "%02x", bytes[i]);
 }
 
-static long long now(void) /* in nanoseconds since the epoch */
+static inline long long now(void) /* in nanoseconds since the epoch */
 {
     struct timespec time;
     clock_gettime(CLOCK_REALTIME, &time);
     return time.tv_sec * 1000000000LL + time.tv_nsec;
 }
 
+static inline char *one_line(char *json) /* for printing: a line may end between the parts of JSON, and in none of them */
+{
+    for (char *at = json; (at = strpbrk(at, "\r\n"));)
+        *at = ' ';
+    return json;
+}
+
 /* JSON, as far as a frame needs it: where the value of a field begins and ends, and texts. */
 
-static const char *blank(const char *at)
+static inline const char *blank(const char *at)
 {
     return at + strspn(at, " \t\r\n");
 }
 
-static const char *skip_text(const char *at) /* a JSON text; to what follows it. NULL: it is none */
+static inline const char *skip_text(const char *at) /* a JSON text; to what follows it. NULL: it is none */
 {
     if (*at++ != '"')
         return NULL;
@@ -98,7 +106,7 @@ static const char *skip_text(const char *at) /* a JSON text; to what follows it.
     return at + 1;
 }
 
-static const char *skip_value(const char *at, int depth) /* any JSON; to what follows it. NULL: it is none */
+static inline const char *skip_value(const char *at, int depth) /* any JSON; to what follows it. NULL: it is none */
 {
     const char *words[] = {"true", "false", "null", "NaN", "Infinity", "-Infinity"};
     char *end;
@@ -126,7 +134,7 @@ static const char *skip_value(const char *at, int depth) /* any JSON; to what fo
     return *at ? end : NULL;
 }
 
-static char *utf8(char *to, unsigned long code)
+static inline char *utf8(char *to, unsigned long code)
 {
     if (code < 0x80)
         return *to++ = code, to;
@@ -137,7 +145,7 @@ static char *utf8(char *to, unsigned long code)
     return to;
 }
 
-static char *plain(char *json) /* what a JSON text says, in UTF-8; NULL if it is none. Frees it */
+static inline char *plain(char *json) /* what a JSON text says, in UTF-8; NULL if it is none. Frees it */
 {
     const char *plainly = "\"\\/bfnrt", *meant = "\"\\/\b\f\n\r\t", *found, *at = json;
     char *text = json && *json == '"' && skip_text(json) ? malloc(strlen(json) + 1) : NULL, *to = text;
@@ -166,7 +174,8 @@ static char *plain(char *json) /* what a JSON text says, in UTF-8; NULL if it is
     return text;
 }
 
-static char *field(const char *object, const char *key) /* the JSON of a field; NULL: it is missing (F4), or no object */
+/* the JSON of a field; NULL: it is missing (F4), or this is no object */
+static inline char *field(const char *object, const char *key)
 {
     const char *at = blank(object), *found = NULL, *found_end = NULL, *end = skip_value(at, 0);
     if (*at != '{' || !end || *blank(end))
@@ -188,7 +197,7 @@ static char *field(const char *object, const char *key) /* the JSON of a field; 
 
 /* Files */
 
-static void write_file(const char *path, const char *text, int durable) /* T2 without the name */
+static inline void write_file(const char *path, const char *text, int durable) /* T2 without the name */
 {
     int file = open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, 0600); /* D6 */
     size_t length = strlen(text);
@@ -202,7 +211,8 @@ static void write_file(const char *path, const char *text, int durable) /* T2 wi
         die("%s: %s", path, strerror(errno));
 }
 
-static void put(const char *directory, const char *name, const char *text) /* a file appears when it is whole (D4) */
+/* a file appears when it is whole (D4) */
+static inline void put(const char *directory, const char *name, const char *text)
 {
     char hex[33];
     new_hex(hex);
@@ -213,7 +223,7 @@ static void put(const char *directory, const char *name, const char *text) /* a 
     free(draft), free(path);
 }
 
-static char *read_file(const char *path) /* NULL: it cannot be read */
+static inline char *read_file(const char *path) /* NULL: it cannot be read */
 {
     struct stat status;
     int file = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK);
@@ -230,7 +240,7 @@ static char *read_file(const char *path) /* NULL: it cannot be read */
     return text;
 }
 
-static void find_directories(const char *config)
+static inline void find_directories(const char *config)
 {
     char target[PATH_MAX] = "", owner[PATH_MAX] = "", hex[33], *real = realpath(config, NULL);
     struct stat status;
@@ -252,13 +262,12 @@ static void find_directories(const char *config)
         die("%s has format %s, and this program knows 1", queue, format ? format : "?");
     free(real), free(link), free(mark), free(path), free(said), free(format);
     new_hex(hex);
-    reply = text_of("reply_%d_%s", (int)getpid(), hex);       /* P2 */
-    worker_id = text_of("c-%d-%.12s", (int)getpid(), hex); /* L3: nobody has used it */
+    reply = text_of("reply_%d_%s", (int)getpid(), hex); /* P2 */
 }
 
 /* Pipes */
 
-static void read_from(struct reader *reader, const char *name)
+static inline void read_from(struct reader *reader, const char *name)
 {
     char hex[33];
     new_hex(hex);
@@ -271,7 +280,7 @@ static void read_from(struct reader *reader, const char *name)
     free(draft), free(path);
 }
 
-static int tell(const char *name, const char *text) /* write a message into a pipe; 0, or what errno says */
+static inline int tell(const char *name, const char *text) /* write a message into a pipe; 0, or what errno says */
 {
     char hex[33], *body = NULL, *check = NULL;
     size_t length = strlen(text);
@@ -307,7 +316,7 @@ static int tell(const char *name, const char *text) /* write a message into a pi
     return problem;
 }
 
-static char *unpack(struct reader *reader, char *text) /* M2, M3 */
+static inline char *unpack(struct reader *reader, char *text) /* M2, M3 */
 {
     char *name = strncmp(text, "{\"body_file\":", 13) ? NULL : plain(field(text, "body_file"));
     char *ours = text_of("body_%s.", reader->name);
@@ -322,14 +331,14 @@ static char *unpack(struct reader *reader, char *text) /* M2, M3 */
 
 static int over[2]; /* a pipe: whoever is told to end finds a byte in it (a flag could be set just before `poll`) */
 
-static void end(int number)
+static inline void end(int number)
 {
     (void)number;
     if (write(over[1], "!", 1) < 0)
         _exit(1);
 }
 
-static void end_by_signals(void)
+static inline void end_by_signals(void)
 {
     struct sigaction action = {.sa_handler = end, .sa_flags = SA_RESTART};
     if (pipe(over))
@@ -338,14 +347,14 @@ static void end_by_signals(void)
     sigaction(SIGINT, &action, NULL);
 }
 
-static int is_over(void)
+static inline int is_over(void)
 {
     struct pollfd told = {over[0], POLLIN, 0};
     return over[0] && poll(&told, 1, 0) > 0;
 }
 
 /* the next message; NULL if none comes in time, or we are told to end */
-static char *next(struct reader *reader, int milliseconds)
+static inline char *next(struct reader *reader, int milliseconds)
 {
     for (;;) {
         while (reader->length >= 6) {
@@ -374,10 +383,11 @@ static char *next(struct reader *reader, int milliseconds)
 
 /* A worker's life */
 
-static void lock_id(void) /* L1, L2 */
+static inline void lock_id(void) /* L1, L2 */
 {
     char hex[33];
     new_hex(hex);
+    worker_id = text_of("c-%d-%.12s", (int)getpid(), hex); /* L3: nobody has used it */
     char *home = text_of("%s/claimed/%s", queue, worker_id), *lock = text_of("%s/lock", home);
     char *draft = text_of("%s/claimed/.%s.%s", queue, worker_id, hex);
     int file = open(draft, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
@@ -392,7 +402,8 @@ static void lock_id(void) /* L1, L2 */
     free(home), free(lock), free(draft);
 }
 
-static void come(const char *subscriptions) /* L4, once the lock is held and the pipes are read; fields that begin with ',' */
+/* L4, once the lock is held and the pipes are read; what it subscribes to as fields that begin with ',' */
+static inline void come(const char *subscriptions)
 {
     char *name = text_of("worker_%s.json", worker_id);
     char *entry = text_of("{\"worker_id\":\"%s\",\"pid\":%d,\"since\":%lld,\"reply\":\"%s\"%s}", worker_id, (int)getpid(),
@@ -403,7 +414,7 @@ static void come(const char *subscriptions) /* L4, once the lock is held and the
     free(name), free(entry), free(frame);
 }
 
-static void leave(const char *pipe) /* L6: so that nobody has to bury us */
+static inline void leave(const char *pipe) /* L6: so that nobody has to bury us */
 {
     char *left[] = {
         text_of("%s/worker_%s.json", registry, worker_id),
@@ -421,7 +432,7 @@ static void leave(const char *pipe) /* L6: so that nobody has to bury us */
     rmdir(home), free(home);
 }
 
-static void answer(const char *message, const char *kind, const char *value) /* A1 */
+static inline void answer(const char *message, const char *kind, const char *value) /* A1 */
 {
     char *to = plain(field(message, "reply_to")), *id = field(message, "correlation_id"), hex[33];
     int digits = to && !strncmp(to, "reply_", 6) ? strspn(to + 6, "0123456789") : 0;

@@ -42,7 +42,7 @@ static int take(char *message, char *waits, int count) /* say whether one more h
     for (int i = 0; i < 4 && number >= 0 && number < count && waits[number]; i++) {
         char *value = field(message, kinds[i]);
         if (value) {
-            printf("%s: %s\n", kinds[i], value);
+            printf("%s: %s\n", kinds[i], one_line(value));
             fflush(stdout);
             waits[number] = 0; /* T5: it may come twice */
             ended = 1;

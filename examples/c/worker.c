@@ -57,7 +57,7 @@ static const char *work(const char *name, int seconds) /* what the report says o
         report("claimed", name); /* R4 */
     for (int left = seconds; left; left = sleep(left))
         ;
-    printf("%.60s\n", body);
+    printf("%.60s\n", one_line(body));
     fflush(stdout);
     answer(message, "result", body); /* W5: its outcome first */
     if (rename(ours, completed))
