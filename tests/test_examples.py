@@ -18,7 +18,7 @@ import pytest
 
 import control
 import directories
-from harness import ECHO, HERE, TIMEOUT, Broker, Child, eventually
+from harness import ECHO, HERE, TIMEOUT, Broker, Child, eventually, write_frame
 
 EXAMPLES = HERE / "examples"
 
@@ -159,6 +159,25 @@ def write_text(pipe: Path, text: bytes) -> None:
         end.write(len(text).to_bytes(4, "big") + text)
 
 
+REPLY_TO = f"reply_1_{'1' * 32}"
+ENVELOPE = b',"no_reply":false,"reply_to":"%s","correlation_id":"1"}' % REPLY_TO.encode()
+
+
+def put_task(served: Broker, name: str, text: bytes) -> None:
+    """Send a task that holds this very text."""
+    (served.queue / f".{name}").write_bytes(text)
+    (served.queue / f".{name}").rename(served.queue / f"task_{name}.json")
+    write_frame(served.pipes / "coordinator_tasks", {"type": "task", "queue": "", "name": name})
+
+
+def left_for_nobody(served: Broker) -> bytes:
+    """Wait for an answer to `REPLY_TO`, which no pipe is called, so that it lies on the disk; take it."""
+    (body,) = eventually(lambda: list(served.pipes.glob(f"body_{REPLY_TO}.*")))
+    text: bytes = body.read_bytes()
+    body.unlink()
+    return text
+
+
 def test_each_program_in_c_is_short() -> None:
     for source in (EXAMPLES / "c").glob("*.c"):
         assert len(source.read_text().splitlines()) < 250
@@ -214,6 +233,46 @@ def test_worker_in_c_refuses_what_is_no_task(served: Broker, binaries: Path, pro
     assert future.result(TIMEOUT) == 3
     eventually(lambda: not any("c-" in name for name in os.listdir(served.pipes)))
     eventually(lambda: not list((served.config_path / "pipes").glob("worker_c-*")))
+
+
+@needs_compiler
+def test_worker_in_c_knows_what_is_json(served: Broker, binaries: Path, programs: list[Program]) -> None:
+    good = [b"0", b"-0.50e+10", b"1E5", b"[ ]", b"NaN", b"[-Infinity,Infinity]", b'"\xc3\xa9\xed\x9f\xbf\xf4\x8f\xbf\xbf"']
+    bad = [b"0x10", b"-inf", b"-nan(1)", b"01", b"1.", b".5", b"+1", b"-", b"1e", b"1e+", b"nan", b"infinity", b"1 2"]
+    # Of UTF-8: too long, halves of a pair, beyond the last, cut off, and never to be met.
+    bad += [b'"%s"' % text for text in (b"\xc0\x80", b"\xe0\x80\x80", b"\xf0\x80\x80\x80", b"\xed\xa0\x80")]
+    bad += [b'"%s"' % text for text in (b"\xf4\x90\x80\x80", b"\xe2\x82", b"\x80", b"\xff", b"\0")]
+    programs.append(Program(binaries / "worker", served.config_path))
+    assert programs[0].line() == "ready"
+    for number, text in enumerate(good):
+        put_task(served, f"good{number}", b'{"body":' + text + ENVELOPE)
+        assert left_for_nobody(served) == b'{"result":' + text + b',"correlation_id":"1"}'
+    for number, text in enumerate(bad):
+        put_task(served, f"bad{number}", b'{"body":' + text + b"}")
+    eventually(lambda: len(list(served.queue.glob("failed/task_bad*.json"))) == len(bad))
+    assert len(list(served.queue.glob("completed/task_good*.json"))) == len(good)
+
+
+DEEP = 4900
+
+
+@needs_compiler
+def test_programs_in_c_answer_what_is_nested_deeper_than_python_can(
+    served: Broker, binaries: Path, programs: list[Program]
+) -> None:
+    programs += [Program(binaries / "worker", served.config_path), Program(binaries / "rpc_server", served.config_path, "r")]
+    assert [program.line() for program in programs] == ["ready", "ready"]
+    deep = b"[" * DEEP + b"]" * DEEP
+    result = b'{"result":' + deep + b',"correlation_id":"1"}'
+    put_task(served, "1", b'{"body":' + deep + ENVELOPE)
+    assert left_for_nobody(served) == result
+    (pipe,) = served.pipes.glob("rpc_c-*")
+    body = f"body_{pipe.name}.{'2' * 32}"
+    (served.pipes / body).write_bytes(b'{"to":"r","body":' + deep + ENVELOPE)
+    write_text(pipe, b'{"body_file":"%s"}' % body.encode())
+    assert left_for_nobody(served) == result
+    programs[1].process.send_signal(signal.SIGTERM)
+    assert programs[1].process.wait(TIMEOUT) == 0
 
 
 @needs_compiler

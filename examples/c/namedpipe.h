@@ -25,6 +25,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#define DEEPEST 5000 /* how deep JSON may be nested: further than Python can, and not as far as a stack ends */
+
 static char *pipes, *registry, *queue; /* where PIPES, REGISTRY and QUEUE are */
 static char *reply;                    /* the name of our reply pipe */
 static char *worker_id;
@@ -89,12 +91,26 @@ static inline const char *blank(const char *at)
     return at + strspn(at, " \t\r\n");
 }
 
+static inline int utf8_size(const char *text) /* of the character that begins here, in bytes; 0: it is none */
+{
+    const unsigned char *at = (const unsigned char *)text;
+    int size = *at < 0x80 ? 1 : *at < 0xC2 ? 0 : *at < 0xE0 ? 2 : *at < 0xF0 ? 3 : *at < 0xF5 ? 4 : 0;
+    for (int i = 1; i < size; i++)
+        if (at[i] >> 6 != 2)
+            return 0;
+    if ((*at == 0xE0 && at[1] < 0xA0) || (*at == 0xF0 && at[1] < 0x90)) /* longer than it must be */
+        return 0;
+    if ((*at == 0xED && at[1] > 0x9F) || (*at == 0xF4 && at[1] > 0x8F)) /* half of a pair; beyond the last */
+        return 0;
+    return size;
+}
+
 static inline const char *skip_text(const char *at) /* a JSON text; to what follows it. NULL: it is none */
 {
     if (*at++ != '"')
         return NULL;
-    for (; *at != '"'; at++) {
-        if ((unsigned char)*at < 0x20)
+    for (int size; *at != '"'; at += size) {
+        if ((unsigned char)*at < 0x20 || !(size = utf8_size(at)))
             return NULL;
         if (*at != '\\')
             continue;
@@ -106,10 +122,31 @@ static inline const char *skip_text(const char *at) /* a JSON text; to what foll
     return at + 1;
 }
 
+static inline const char *skip_number(const char *at) /* to what follows it. NULL: it is none */
+{
+    const char *digit = "0123456789";
+    size_t digits;
+    at += *at == '-';
+    if (!(digits = strspn(at, digit)) || (*at == '0' && digits > 1))
+        return NULL;
+    at += digits;
+    if (*at == '.') {
+        if (!(digits = strspn(at + 1, digit)))
+            return NULL;
+        at += 1 + digits;
+    }
+    if (*at == 'e' || *at == 'E') {
+        at += at[1] == '+' || at[1] == '-' ? 2 : 1;
+        if (!(digits = strspn(at, digit)))
+            return NULL;
+        at += digits;
+    }
+    return at;
+}
+
 static inline const char *skip_value(const char *at, int depth) /* any JSON; to what follows it. NULL: it is none */
 {
-    const char *words[] = {"true", "false", "null", "NaN", "Infinity", "-Infinity"};
-    char *end;
+    static const char *words[] = {"true", "false", "null", "NaN", "Infinity", "-Infinity"};
     if (*at == '"')
         return skip_text(at);
     if (*at == '{' || *at == '[') {
@@ -117,7 +154,7 @@ static inline const char *skip_value(const char *at, int depth) /* any JSON; to 
         for (at = blank(at + 1); *at != close; at = blank(at + 1)) {
             if (open == '{' && (!(at = skip_text(at)) || *(at = blank(at)) != ':'))
                 return NULL;
-            if (depth > 900 || !(at = skip_value(blank(at + (open == '{')), depth + 1)))
+            if (depth > DEEPEST || !(at = skip_value(blank(at + (open == '{')), depth + 1)))
                 return NULL;
             if (*(at = blank(at)) == close)
                 return at + 1;
@@ -129,9 +166,7 @@ static inline const char *skip_value(const char *at, int depth) /* any JSON; to 
     for (size_t i = 0; i < sizeof words / sizeof *words; i++)
         if (!strncmp(at, words[i], strlen(words[i])))
             return at + strlen(words[i]);
-    if (!strchr("-0123456789", *at) || (strtod(at, &end), end == at))
-        return NULL;
-    return *at ? end : NULL;
+    return skip_number(at);
 }
 
 static inline char *utf8(char *to, unsigned long code)
@@ -156,7 +191,7 @@ static inline char *plain(char *json) /* what a JSON text says, in UTF-8; NULL i
         } else if (*++at == 'u') {
             sscanf(at + 1, "%4x", &code);
             at += 4;
-            if (code >> 10 == 0x36 && sscanf(at + 1, "\\u%4x", &low) == 1) { /* the first half of a pair */
+            if (code >> 10 == 0x36 && sscanf(at + 1, "\\u%4x", &low) == 1 && low >> 10 == 0x37) { /* the first half of a pair */
                 at += 6;
                 code = 0x10000 + ((code & 0x3FF) << 10) + (low & 0x3FF);
             }
