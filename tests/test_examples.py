@@ -253,6 +253,45 @@ def test_worker_in_c_knows_what_is_json(served: Broker, binaries: Path, programs
     assert len(list(served.queue.glob("completed/task_good*.json"))) == len(good)
 
 
+# What cannot be parsed; in the last, what a user sent looks like an end.
+BROKEN = [b"nonsense", b"[}]", b'"\xff"', b'"\0"', b"[" * 6000 + b"]" * 6000, b'x,"reply_to":"reply_2_0","y":1']
+
+
+@needs_compiler
+def test_worker_in_c_tells_who_sent_what_cannot_be_parsed(
+    served: Broker, binaries: Path, programs: list[Program]
+) -> None:
+    programs.append(Program(binaries / "worker", served.config_path))
+    assert programs[0].line() == "ready"
+    for number, body in enumerate(BROKEN):
+        put_task(served, str(number), b'{"body":' + body + ENVELOPE.replace(b",", b" , "))
+        said = json.loads(left_for_nobody(served))
+        assert said.pop("exception").startswith("it is not a task: ") and said == {"correlation_id": "1"}
+    put_task(served, "dressed", b'{"body":x' + ENVELOPE[:-1] + b',"dressed":true}')
+    assert "exception" in json.loads(left_for_nobody(served))
+    # Of what has no such end, or one that wants no answer, nobody is told.
+    for number, end in enumerate((ENVELOPE + b"x", ENVELOPE.replace(b"false", b"true"), ENVELOPE.replace(b'"1"', b'"\\n"'))):
+        put_task(served, f"unheard{number}", b'{"body":x' + end)
+    eventually(lambda: len(list(served.queue.glob("failed/*.json"))) == len(BROKEN) + 4)
+    assert not list(served.pipes.glob("body_*"))
+
+
+@needs_compiler
+def test_rpc_server_in_c_tells_who_called_with_what_cannot_be_parsed(
+    served: Broker, binaries: Path, programs: list[Program]
+) -> None:
+    programs.append(Program(binaries / "rpc_server", served.config_path, "r"))
+    assert programs[0].line() == "ready"
+    (pipe,) = served.pipes.glob("rpc_c-*")
+    for body in (body for body in BROKEN if b"\0" not in body and len(body) < 4000):
+        write_text(pipe, b'{"to":"r","body":' + body + ENVELOPE)
+        assert json.loads(left_for_nobody(served)) == {"exception": "the message cannot be read", "correlation_id": "1"}
+    write_text(pipe, b'{"to":"s","body":1' + ENVELOPE)
+    assert "undelivered" in json.loads(left_for_nobody(served))
+    programs[0].process.send_signal(signal.SIGTERM)
+    assert programs[0].process.wait(TIMEOUT) == 0
+
+
 DEEP = 4900
 
 

@@ -14,6 +14,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <poll.h>
+#include <regex.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -191,8 +192,8 @@ static inline char *plain(char *json) /* what a JSON text says, in UTF-8; NULL i
         } else if (*++at == 'u') {
             sscanf(at + 1, "%4x", &code);
             at += 4;
-            if (code >> 10 == 0x36 && sscanf(at + 1, "\\u%4x", &low) == 1 && low >> 10 == 0x37) { /* the first half of a pair */
-                at += 6;
+            if (code >> 10 == 0x36 && sscanf(at + 1, "\\u%4x", &low) == 1 && low >> 10 == 0x37) {
+                at += 6; /* a pair */
                 code = 0x10000 + ((code & 0x3FF) << 10) + (low & 0x3FF);
             }
             if (!code) /* what C's texts have no room for */
@@ -209,13 +210,19 @@ static inline char *plain(char *json) /* what a JSON text says, in UTF-8; NULL i
     return text;
 }
 
+static inline int is_object(const char *message)
+{
+    const char *at = blank(message), *end = *at == '{' ? skip_value(at, 0) : NULL;
+    return end && !*blank(end);
+}
+
 /* the JSON of a field; NULL: it is missing (F4), or this is no object */
 static inline char *field(const char *object, const char *key)
 {
-    const char *at = blank(object), *found = NULL, *found_end = NULL, *end = skip_value(at, 0);
-    if (*at != '{' || !end || *blank(end))
+    const char *at, *found = NULL, *found_end = NULL;
+    if (!is_object(object))
         return NULL;
-    for (at = blank(at + 1); *at == '"'; at = blank(at + 1)) {
+    for (at = blank(blank(object) + 1); *at == '"'; at = blank(at + 1)) {
         char name[64] = "", *text;
         const char *value = blank(1 + blank(skip_text(at)));
         if ((text = plain(strndup(at, skip_text(at) - at))))
@@ -228,6 +235,23 @@ static inline char *field(const char *object, const char *key)
             break;
     }
     return found ? strndup(found, found_end - found) : NULL;
+}
+
+/* what stands last in a message that cannot be parsed, as an object: who sent it (F5). NULL: it does not say */
+static inline char *envelope(const char *message)
+{
+    const char *last = "[,{]([ \t\r\n]*\"(no_reply|reply_to|correlation_id|dressed)\"[ \t\r\n]*:"
+                       "[ \t\r\n]*(true|false|null|\"[^\"\\]*\")[ \t\r\n]*[,}])+[ \t\r\n]*$";
+    size_t length = strlen(message);
+    regex_t pattern;
+    regmatch_t found;
+    if (length > 400) /* it is no longer, and this may be large */
+        message += length - 400;
+    if (regcomp(&pattern, last, REG_EXTENDED))
+        die("out of memory");
+    int is_there = !regexec(&pattern, message, 1, &found, 0);
+    regfree(&pattern);
+    return is_there ? text_of("{%s", message + found.rm_so + 1) : NULL;
 }
 
 /* Files */
@@ -270,6 +294,9 @@ static inline char *read_file(const char *path) /* NULL: it cannot be read */
                 break;
             done += got;
         }
+    for (off_t at = 0; text && at < status.st_size; at++)
+        if (!text[at]) /* C's texts end here, and the file does not */
+            text[at] = 1; /* which JSON forbids as well (F2) */
     if (file >= 0)
         close(file);
     return text;
@@ -469,6 +496,8 @@ static inline void leave(const char *pipe) /* L6: so that nobody has to bury us 
 
 static inline void answer(const char *message, const char *kind, const char *value) /* A1 */
 {
+    char *sender = is_object(message) ? NULL : envelope(message);
+    message = sender ? sender : message;
     char *to = plain(field(message, "reply_to")), *id = field(message, "correlation_id"), hex[33];
     int digits = to && !strncmp(to, "reply_", 6) ? strspn(to + 6, "0123456789") : 0;
     int is_pipe = digits && digits < 20 && to[6 + digits] == '_' && strlen(to + 7 + digits) == 32 &&
@@ -488,7 +517,7 @@ static inline void answer(const char *message, const char *kind, const char *val
         }
         free(text);
     }
-    free(to), free(id), free(no_reply), free(dressed);
+    free(sender), free(to), free(id), free(no_reply), free(dressed);
 }
 
 #endif

@@ -23,8 +23,10 @@ static void serve(char *message, const char *identifier)
     char *to = message ? plain(field(message, "to")) : NULL, *body = message ? field(message, "body") : NULL;
     if (body && to && !strcmp(to, identifier))
         answer(message, "result", body);
-    else if (message)
+    else if (message && is_object(message))
         answer(message, "undelivered", "\"nobody here is called so\""); /* C5 */
+    else if (message)
+        answer(message, "exception", "\"the message cannot be read\"");
     free(message), free(to), free(body);
 }
 

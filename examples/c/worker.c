@@ -48,8 +48,8 @@ static const char *work(const char *name, int seconds) /* what the report says o
     became = "done";
     message = read_file(ours);
     if (!message || !(body = field(message, "body"))) { /* W4 */
-        if (message) /* if it is JSON at all; its end is not searched for whom to tell */
-            answer(message, "exception", "\"it is not a task: it has no body\"");
+        if (message)
+            answer(message, "exception", "\"it is not a task: it is no JSON object with a body\"");
         rename(ours, failed);
         goto done;
     }
