@@ -237,7 +237,8 @@ def test_worker_in_c_refuses_what_is_no_task(served: Broker, binaries: Path, pro
 
 @needs_compiler
 def test_worker_in_c_knows_what_is_json(served: Broker, binaries: Path, programs: list[Program]) -> None:
-    good = [b"0", b"-0.50e+10", b"1E5", b"[ ]", b"NaN", b"[-Infinity,Infinity]", b'"\xc3\xa9\xed\x9f\xbf\xf4\x8f\xbf\xbf"']
+    good = [b"0", b"-0.50e+10", b"1E5", b"[ ]", b"NaN", b"[-Infinity,Infinity]"]
+    good += [b'"\xc3\xa9\xed\x9f\xbf\xf4\x8f\xbf\xbf"']
     bad = [b"0x10", b"-inf", b"-nan(1)", b"01", b"1.", b".5", b"+1", b"-", b"1e", b"1e+", b"nan", b"infinity", b"1 2"]
     # Of UTF-8: too long, halves of a pair, beyond the last, cut off, and never to be met.
     bad += [b'"%s"' % text for text in (b"\xc0\x80", b"\xe0\x80\x80", b"\xf0\x80\x80\x80", b"\xed\xa0\x80")]
@@ -253,6 +254,53 @@ def test_worker_in_c_knows_what_is_json(served: Broker, binaries: Path, programs
     assert len(list(served.queue.glob("completed/task_good*.json"))) == len(good)
 
 
+@needs_compiler
+def test_worker_in_c_makes_the_directories_that_are_gone(
+    served: Broker, binaries: Path, programs: list[Program]
+) -> None:
+    programs.append(Program(binaries / "worker", served.config_path, 1))
+    assert programs[0].line() == "ready"
+    future = served.communicator().task_send("in hand")
+    eventually(lambda: list(served.queue.glob("claimed/*/task_*")))
+    shutil.rmtree(served.queue / "completed", ignore_errors=True)
+    shutil.rmtree(served.queue / "failed", ignore_errors=True)
+    assert future.result(TIMEOUT) == "in hand"
+    eventually(lambda: list(served.queue.glob("completed/task_*")))
+    put_task(served, "bad", b"no JSON")
+    eventually(lambda: os.path.exists(served.queue / "failed" / "task_bad.json"))
+    assert (served.queue / "failed" / "task_bad.reason").read_text().startswith("it is no JSON object")
+    assert programs[0].process.poll() is None
+    # What is no task's name is none, whoever rings for it.
+    (pipe,) = served.pipes.glob("task_c-*")
+    for name in ("x.y", "x.", ".1", "x.1.2", "x" * 81):
+        (served.queue / f"task_{name}.json").write_text('{"body":1}')
+        write_frame(pipe, {"type": "ring", "queue": "", "names": [name]})
+    put_task(served, "last.12", b'{"body":1}')
+    eventually(lambda: os.path.exists(served.queue / "completed" / "task_last.12.json"))
+    assert len(list(served.queue.glob("task_*.json"))) == 5
+
+
+# As a disk that has no room left.
+FULL = """
+#include <errno.h>
+#include <sys/stat.h>
+static int no_room(const char *path) { return (void)path, errno = ENOSPC, -1; }
+#define mkdir(path, mode) no_room(path)
+"""
+
+
+@needs_compiler
+def test_worker_in_c_says_that_there_is_no_room(served: Broker, tmp_path: Path) -> None:
+    source = tmp_path / "full.c"
+    source.write_text(f'{FULL}#include "{EXAMPLES}/c/worker.c"\n')
+    worker = compiled(source, tmp_path / "full")
+    said = subprocess.run([worker, served.config_path], check=False, capture_output=True, text=True, timeout=TIMEOUT)
+    assert said.returncode == 1 and said.stderr.endswith(": No space left on device\n")
+    assert said.stderr.count("\n") == 1
+    for draft in served.queue.glob("claimed/.c-*"):
+        draft.unlink()
+
+
 # What cannot be parsed; in the last, what a user sent looks like an end.
 BROKEN = [b"nonsense", b"[}]", b'"\xff"', b'"\0"', b"[" * 6000 + b"]" * 6000, b'x,"reply_to":"reply_2_0","y":1']
 
@@ -266,11 +314,12 @@ def test_worker_in_c_tells_who_sent_what_cannot_be_parsed(
     for number, body in enumerate(BROKEN):
         put_task(served, str(number), b'{"body":' + body + ENVELOPE.replace(b",", b" , "))
         said = json.loads(left_for_nobody(served))
-        assert said.pop("exception").startswith("it is not a task: ") and said == {"correlation_id": "1"}
+        assert said.pop("exception").startswith("it is no JSON object") and said == {"correlation_id": "1"}
     put_task(served, "dressed", b'{"body":x' + ENVELOPE[:-1] + b',"dressed":true}')
     assert "exception" in json.loads(left_for_nobody(served))
     # Of what has no such end, or one that wants no answer, nobody is told.
-    for number, end in enumerate((ENVELOPE + b"x", ENVELOPE.replace(b"false", b"true"), ENVELOPE.replace(b'"1"', b'"\\n"'))):
+    ends = ENVELOPE + b"x", ENVELOPE.replace(b"false", b"true"), ENVELOPE.replace(b'"1"', b'"\\n"')
+    for number, end in enumerate(ends):
         put_task(served, f"unheard{number}", b'{"body":x' + end)
     eventually(lambda: len(list(served.queue.glob("failed/*.json"))) == len(BROKEN) + 4)
     assert not list(served.pipes.glob("body_*"))
@@ -299,7 +348,8 @@ DEEP = 4900
 def test_programs_in_c_answer_what_is_nested_deeper_than_python_can(
     served: Broker, binaries: Path, programs: list[Program]
 ) -> None:
-    programs += [Program(binaries / "worker", served.config_path), Program(binaries / "rpc_server", served.config_path, "r")]
+    programs.append(Program(binaries / "worker", served.config_path))
+    programs.append(Program(binaries / "rpc_server", served.config_path, "r"))
     assert [program.line() for program in programs] == ["ready", "ready"]
     deep = b"[" * DEEP + b"]" * DEEP
     result = b'{"result":' + deep + b',"correlation_id":"1"}'

@@ -78,7 +78,7 @@ static inline long long now(void) /* in nanoseconds since the epoch */
     return time.tv_sec * 1000000000LL + time.tv_nsec;
 }
 
-static inline char *one_line(char *json) /* for printing: a line may end between the parts of JSON, and in none of them */
+static inline char *one_line(char *json) /* a line may end between the parts of JSON, and in none */
 {
     for (char *at = json; (at = strpbrk(at, "\r\n"));)
         *at = ' ';
@@ -455,12 +455,14 @@ static inline void lock_id(void) /* L1, L2 */
     int file = open(draft, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (file < 0 || flock(file, LOCK_EX | LOCK_NB))
         die("%s: %s", draft, strerror(errno));
+    int problem;
     do
-        mkdir(home, 0700);
-    while (link(draft, lock) && errno == ENOENT); /* an empty directory may be removed again meanwhile */
-    if (access(lock, F_OK))
-        die("%s: %s", lock, strerror(errno));
+        if (mkdir(home, 0700) && errno != EEXIST)
+            die("%s: %s", home, strerror(errno));
+    while ((problem = link(draft, lock) ? errno : 0) == ENOENT); /* it was empty, and has been removed meanwhile */
     unlink(draft); /* the descriptor stays open: its end is our death */
+    if (problem)
+        die("%s: %s", lock, strerror(problem));
     free(home), free(lock), free(draft);
 }
 
