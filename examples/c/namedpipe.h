@@ -10,6 +10,7 @@
 #ifndef NAMEDPIPE_H
 #define NAMEDPIPE_H
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -378,16 +379,52 @@ static inline int tell(const char *name, const char *text) /* write a message in
     return problem;
 }
 
-static inline char *unpack(struct reader *reader, char *text) /* M2, M3 */
+static inline int is_hex(const char *text) /* {hex} */
 {
-    char *name = strncmp(text, "{\"body_file\":", 13) ? NULL : plain(field(text, "body_file"));
-    char *ours = text_of("body_%s.", reader->name);
-    if (!name)
-        return free(ours), text;
-    char *path = text_of("%s/%s", pipes, name), *message = NULL;
-    if (!strncmp(name, ours, strlen(ours)) && !strchr(name, '/') && (message = read_file(path)))
-        unlink(path);
-    free(text), free(name), free(ours), free(path);
+    return strlen(text) == 32 && strspn(text, "0123456789abcdef") == 32;
+}
+
+static inline char *take_body(struct reader *reader, const char *name) /* M2; NULL: it is none for this pipe, or gone */
+{
+    size_t length = strlen(reader->name);
+    if (strncmp(name, "body_", 5) || strncmp(name + 5, reader->name, length) || name[5 + length] != '.' ||
+        !is_hex(name + 6 + length))
+        return NULL;
+    char *path = text_of("%s/%s", pipes, name), *message = read_file(path);
+    if (message && unlink(path)) /* or it would be found again and again */
+        free(message), message = NULL;
+    free(path);
+    return message;
+}
+
+static inline char *next_body(struct reader *reader) /* M4: one that lies there, rung for or not; NULL: there is none */
+{
+    DIR *directory = opendir(pipes);
+    char *message = NULL;
+    for (struct dirent *found; directory && !message && (found = readdir(directory));)
+        message = take_body(reader, found->d_name);
+    if (directory)
+        closedir(directory);
+    return message;
+}
+
+static inline int is_time_to_look(void) /* M4: whether ten seconds have gone, and another ten begin */
+{
+    static time_t looked;
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    if (time.tv_sec - looked < 10)
+        return 0;
+    looked = time.tv_sec;
+    return 1;
+}
+
+static inline char *unpack(struct reader *reader, char *text) /* M1 to M3; frees it where the message is another */
+{
+    if (strncmp(text, "{\"body_file\":", 13))
+        return text;
+    char *name = plain(field(text, "body_file")), *message = name ? take_body(reader, name) : NULL;
+    free(text), free(name);
     return message;
 }
 
@@ -502,8 +539,7 @@ static inline void answer(const char *message, const char *kind, const char *val
     message = sender ? sender : message;
     char *to = plain(field(message, "reply_to")), *id = field(message, "correlation_id"), hex[33];
     int digits = to && !strncmp(to, "reply_", 6) ? strspn(to + 6, "0123456789") : 0;
-    int is_pipe = digits && digits < 20 && to[6 + digits] == '_' && strlen(to + 7 + digits) == 32 &&
-                  strspn(to + 7 + digits, "0123456789abcdef") == 32;
+    int is_pipe = digits && digits < 20 && to[6 + digits] == '_' && is_hex(to + 7 + digits);
     char *no_reply = field(message, "no_reply"), *dressed = field(message, "dressed");
     if (is_pipe && !(no_reply && !strcmp(no_reply, "true"))) {
         int is_dressed = dressed && !strcmp(dressed, "true"); /* F6: what comes back is as it came */
