@@ -529,7 +529,106 @@ def test_programs_in_c_say_why_they_cannot(tmp_path: Path, binaries: Path) -> No
 # Shell
 
 
-@pytest.mark.skipif(shutil.which("flock") is None, reason="there is no flock(1) here")
+needs_flock = pytest.mark.skipif(shutil.which("flock") is None, reason="there is no flock(1) here")
+
+
+def in_shell(served: Broker, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the worker in shell, with the programs in `path` before all others."""
+    searched = os.pathsep.join([*([str(path)] if path else []), os.environ["PATH"]])
+    return subprocess.run(
+        ["sh", EXAMPLES / "worker.sh", served.config_path],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        env={**os.environ, "PATH": searched},
+    )
+
+
+@needs_flock
+def test_worker_in_shell_uses_nothing_that_is_not_for_it(served: Broker, tmp_path: Path) -> None:
+    (served.queue / "task_1.json").write_text("no JSON")
+
+    def refuses(why: str) -> None:
+        said = in_shell(served)
+        assert said.returncode == 1 and why in said.stderr and said.stderr.count("\n") == 1 and said.stdout == ""
+        assert (served.queue / "task_1.json").exists() and not list(served.queue.glob("claimed/*sh-*"))
+
+    pipes, link, mark = served.pipes, served.config_path / "pipes" / "directory", served.pipes / ".config"
+    target, owner, known = os.readlink(link), os.readlink(mark), (served.queue / "format").read_text()
+    try:
+        for mode in (0o777, 0o701, 0o710):
+            pipes.chmod(mode)
+            refuses("is no directory for its user alone")
+        pipes.chmod(0o700)
+        if os.geteuid() == 0:
+            os.chown(pipes, 65534, -1)
+            refuses("is another user's")
+            os.chown(pipes, 0, -1)
+        mark.unlink()
+        refuses("is not for")
+        mark.symlink_to(tmp_path)
+        refuses("is not for")
+        mark.unlink()
+        mark.symlink_to(owner)
+        link.unlink()
+        refuses("no broker runs")
+        link.symlink_to(tmp_path / "nowhere")
+        refuses("no broker runs")
+        (tmp_path / "another").symlink_to(target)
+        link.unlink()
+        link.symlink_to(tmp_path / "another")
+        refuses("is no directory")
+        link.unlink()
+        link.symlink_to(target)
+        for other in ('{"format": 2, "profile": "\\"format\\": 1,"}', '{"format": 10}', "{}", ""):
+            (served.queue / "format").write_text(other)
+            refuses("has a format")
+    finally:
+        (served.queue / "format").write_text(known)
+        (served.queue / "task_1.json").unlink()
+
+
+@needs_flock
+def test_worker_in_shell_says_that_there_is_no_room(served: Broker, tmp_path: Path) -> None:
+    (tmp_path / "mkdir").write_text('#!/bin/sh\necho "mkdir: no room" >&2\nexit 1\n')
+    (tmp_path / "mkdir").chmod(0o700)
+    said = in_shell(served, tmp_path)
+    assert (said.returncode, said.stderr) == (1, "mkdir: no room\n")
+    for draft in served.queue.glob("claimed/.sh-*"):
+        draft.unlink()
+
+
+@needs_flock
+def test_worker_in_shell_makes_the_directories_that_are_gone(served: Broker, tmp_path: Path) -> None:
+    # When the worker counts the bytes of its task, somebody tidies up.
+    (tmp_path / "wc").write_text(f"#!/bin/sh\nrm -r {served.queue}/completed {served.queue}/failed\necho 1\n")
+    (tmp_path / "wc").chmod(0o700)
+    (served.queue / "task_0.json").write_text("no JSON")
+    (served.queue / "task_1.json").write_bytes(b'{"body":1' + ENVELOPE)
+    assert in_shell(served, tmp_path).returncode == 0
+    assert left_for_nobody(served) == b'{"result":"a task of 1 bytes","correlation_id":"1"}'
+    assert (served.queue / "completed" / "task_1.json").exists()
+    assert (served.queue / "completed").stat().st_mode & 0o777 == 0o700
+
+
+@needs_flock
+def test_worker_in_shell_tells_who_sent_what_is_no_json_object(served: Broker) -> None:
+    for text in (b"nonsense", b"[1]", b'{body:1', b'x\n{"body":1'):
+        (served.queue / "task_1.json").write_bytes(text + ENVELOPE)
+        assert in_shell(served).returncode == 1
+        said = {"exception": "it is no JSON object with a body", "correlation_id": "1"}
+        assert json.loads(left_for_nobody(served)) == said
+        assert (served.queue / "failed" / "task_1.reason").read_text() == said["exception"]
+    # Of what says nobody who sent it, nobody is told.
+    for number, text in enumerate((b"", b"{}", b"{}" + ENVELOPE.replace(b"111", b"11"))):
+        (served.queue / f"task_unheard{number}.json").write_bytes(text)
+    assert in_shell(served).returncode == 1
+    assert len(list(served.queue.glob("failed/task_*.json"))) == 4
+    assert not list(served.pipes.glob("body_*"))
+
+
+@needs_flock
 def test_worker_in_shell(served: Broker) -> None:
     command = ["sh", EXAMPLES / "worker.sh", served.config_path]
     assert subprocess.run(command, check=False, timeout=TIMEOUT).returncode == 1
@@ -542,13 +641,16 @@ def test_worker_in_shell(served: Broker) -> None:
     )
     assert subprocess.run(command, check=False, timeout=TIMEOUT).returncode == 0
     assert tricky.result(TIMEOUT).startswith("a task of ")
-    # What it cannot do it leaves to others.
-    for name, text in (("0", "no JSON"), ("1", '{"body":1}'), ("a b", '{"body":1}')):
+    # What it cannot do it leaves to others, and what has no task's name where it is.
+    done = '{"body":1,"no_reply":true,"reply_to":null,"correlation_id":null}'
+    others = ["a b", "x.y", "x.1.2", "x.", ".1", "x" * 81]
+    for name, text in (("0", '{"body":1}\n\n'), ("1", '{"body":1}'), *((name, done) for name in others)):
         (served.queue / f"task_{name}.json").write_text(text)
     os.mkfifo(served.queue / "task_2.json")
     served.communicator().task_send("unheard", no_reply=True)
     assert subprocess.run(command, check=False, timeout=TIMEOUT).returncode == 0
     assert sorted(row["state"] for row in served.tasks()) == ["completed"] * 3 + ["waiting"] * 3
+    assert all((served.queue / f"task_{name}.json").exists() for name in others)
     (served.queue / "task_2.json").unlink()
     with contextlib.suppress(FileNotFoundError):
         assert os.listdir(served.queue / "claimed") == []
