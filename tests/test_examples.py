@@ -614,7 +614,7 @@ def test_worker_in_shell_makes_the_directories_that_are_gone(served: Broker, tmp
 
 @needs_flock
 def test_worker_in_shell_tells_who_sent_what_is_no_json_object(served: Broker) -> None:
-    for text in (b"nonsense", b"[1]", b'{body:1', b'x\n{"body":1'):
+    for text in (b"nonsense", b"[1]", b"{body:1", b'x\n{"body":1'):
         (served.queue / "task_1.json").write_bytes(text + ENVELOPE)
         assert in_shell(served).returncode == 1
         said = {"exception": "it is no JSON object with a body", "correlation_id": "1"}
