@@ -29,7 +29,7 @@ int main(int count, char **arguments)
     for (;;) {
         char *message = next(&broadcasts, -1);
         if (message)
-            printf("%s\n", message), fflush(stdout);
+            printf("%s\n", one_line(message)), fflush(stdout);
         free(message);
     }
 }

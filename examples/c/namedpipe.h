@@ -5,14 +5,17 @@
  * - What cannot be done ends the program with a sentence (`die`), and the kernel lets go of all that it held: whoever
  *   buries it gives its tasks back. A program that is to go on catches what it can where it calls.
  * - A `char *` that is returned is the caller's to free. These programs are short, and say where they do not.
+ * - All here is `static inline`, so that no compiler wonders at what a program does not use.
  */
 #ifndef NAMEDPIPE_H
 #define NAMEDPIPE_H
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <poll.h>
+#include <regex.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -23,6 +26,8 @@
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
+
+#define DEEPEST 5000 /* how deep JSON may be nested: further than Python can, and not as far as a stack ends */
 
 static char *pipes, *registry, *queue; /* where PIPES, REGISTRY and QUEUE are */
 static char *reply;                    /* the name of our reply pipe */
@@ -35,7 +40,7 @@ struct reader { /* a FIFO of ours, and what has come and is no whole frame yet *
     unsigned char bytes[1 << 17];
 };
 
-static void die(const char *format, ...)
+static inline void die(const char *format, ...)
 {
     va_list arguments;
     va_start(arguments, format);
@@ -45,7 +50,7 @@ static void die(const char *format, ...)
     exit(1);
 }
 
-static char *text_of(const char *format, ...) /* as asprintf */
+static inline char *text_of(const char *format, ...) /* as asprintf */
 {
     va_list arguments;
     char *text;
@@ -56,7 +61,7 @@ static char *text_of(const char *format, ...) /* as asprintf */
     return text;
 }
 
-static void new_hex(char hex[33]) /* {hex} */
+static inline void new_hex(char hex[33]) /* {hex} */
 {
     unsigned char bytes[16];
     int random = open("/dev/urandom", O_RDONLY);
@@ -67,26 +72,47 @@ static void new_hex(char hex[33]) /* {hex} */
         sprintf(hex + 2 * i, "%02x", bytes[i]);
 }
 
-static long long now(void) /* in nanoseconds since the epoch */
+static inline long long now(void) /* in nanoseconds since the epoch */
 {
     struct timespec time;
     clock_gettime(CLOCK_REALTIME, &time);
     return time.tv_sec * 1000000000LL + time.tv_nsec;
 }
 
+static inline char *one_line(char *json) /* a line may end between the parts of JSON, and in none */
+{
+    for (char *at = json; (at = strpbrk(at, "\r\n"));)
+        *at = ' ';
+    return json;
+}
+
 /* JSON, as far as a frame needs it: where the value of a field begins and ends, and texts. */
 
-static const char *blank(const char *at)
+static inline const char *blank(const char *at)
 {
     return at + strspn(at, " \t\r\n");
 }
 
-static const char *skip_text(const char *at) /* a JSON text; to what follows it. NULL: it is none */
+static inline int utf8_size(const char *text) /* of the character that begins here, in bytes; 0: it is none */
+{
+    const unsigned char *at = (const unsigned char *)text;
+    int size = *at < 0x80 ? 1 : *at < 0xC2 ? 0 : *at < 0xE0 ? 2 : *at < 0xF0 ? 3 : *at < 0xF5 ? 4 : 0;
+    for (int i = 1; i < size; i++)
+        if (at[i] >> 6 != 2)
+            return 0;
+    if ((*at == 0xE0 && at[1] < 0xA0) || (*at == 0xF0 && at[1] < 0x90)) /* longer than it must be */
+        return 0;
+    if ((*at == 0xED && at[1] > 0x9F) || (*at == 0xF4 && at[1] > 0x8F)) /* half of a pair; beyond the last */
+        return 0;
+    return size;
+}
+
+static inline const char *skip_text(const char *at) /* a JSON text; to what follows it. NULL: it is none */
 {
     if (*at++ != '"')
         return NULL;
-    for (; *at != '"'; at++) {
-        if ((unsigned char)*at < 0x20)
+    for (int size; *at != '"'; at += size) {
+        if ((unsigned char)*at < 0x20 || !(size = utf8_size(at)))
             return NULL;
         if (*at != '\\')
             continue;
@@ -98,10 +124,31 @@ static const char *skip_text(const char *at) /* a JSON text; to what follows it.
     return at + 1;
 }
 
-static const char *skip_value(const char *at, int depth) /* any JSON; to what follows it. NULL: it is none */
+static inline const char *skip_number(const char *at) /* to what follows it. NULL: it is none */
 {
-    const char *words[] = {"true", "false", "null", "NaN", "Infinity", "-Infinity"};
-    char *end;
+    const char *digit = "0123456789";
+    size_t digits;
+    at += *at == '-';
+    if (!(digits = strspn(at, digit)) || (*at == '0' && digits > 1))
+        return NULL;
+    at += digits;
+    if (*at == '.') {
+        if (!(digits = strspn(at + 1, digit)))
+            return NULL;
+        at += 1 + digits;
+    }
+    if (*at == 'e' || *at == 'E') {
+        at += at[1] == '+' || at[1] == '-' ? 2 : 1;
+        if (!(digits = strspn(at, digit)))
+            return NULL;
+        at += digits;
+    }
+    return at;
+}
+
+static inline const char *skip_value(const char *at, int depth) /* any JSON; to what follows it. NULL: it is none */
+{
+    static const char *words[] = {"true", "false", "null", "NaN", "Infinity", "-Infinity"};
     if (*at == '"')
         return skip_text(at);
     if (*at == '{' || *at == '[') {
@@ -109,7 +156,7 @@ static const char *skip_value(const char *at, int depth) /* any JSON; to what fo
         for (at = blank(at + 1); *at != close; at = blank(at + 1)) {
             if (open == '{' && (!(at = skip_text(at)) || *(at = blank(at)) != ':'))
                 return NULL;
-            if (depth > 900 || !(at = skip_value(blank(at + (open == '{')), depth + 1)))
+            if (depth > DEEPEST || !(at = skip_value(blank(at + (open == '{')), depth + 1)))
                 return NULL;
             if (*(at = blank(at)) == close)
                 return at + 1;
@@ -121,12 +168,10 @@ static const char *skip_value(const char *at, int depth) /* any JSON; to what fo
     for (size_t i = 0; i < sizeof words / sizeof *words; i++)
         if (!strncmp(at, words[i], strlen(words[i])))
             return at + strlen(words[i]);
-    if (!strchr("-0123456789", *at) || (strtod(at, &end), end == at))
-        return NULL;
-    return *at ? end : NULL;
+    return skip_number(at);
 }
 
-static char *utf8(char *to, unsigned long code)
+static inline char *utf8(char *to, unsigned long code)
 {
     if (code < 0x80)
         return *to++ = code, to;
@@ -137,7 +182,7 @@ static char *utf8(char *to, unsigned long code)
     return to;
 }
 
-static char *plain(char *json) /* what a JSON text says, in UTF-8; NULL if it is none. Frees it */
+static inline char *plain(char *json) /* what a JSON text says, in UTF-8; NULL if it is none. Frees it */
 {
     const char *plainly = "\"\\/bfnrt", *meant = "\"\\/\b\f\n\r\t", *found, *at = json;
     char *text = json && *json == '"' && skip_text(json) ? malloc(strlen(json) + 1) : NULL, *to = text;
@@ -148,8 +193,8 @@ static char *plain(char *json) /* what a JSON text says, in UTF-8; NULL if it is
         } else if (*++at == 'u') {
             sscanf(at + 1, "%4x", &code);
             at += 4;
-            if (code >> 10 == 0x36 && sscanf(at + 1, "\\u%4x", &low) == 1) { /* the first half of a pair */
-                at += 6;
+            if (code >> 10 == 0x36 && sscanf(at + 1, "\\u%4x", &low) == 1 && low >> 10 == 0x37) {
+                at += 6; /* a pair */
                 code = 0x10000 + ((code & 0x3FF) << 10) + (low & 0x3FF);
             }
             if (!code) /* what C's texts have no room for */
@@ -166,12 +211,19 @@ static char *plain(char *json) /* what a JSON text says, in UTF-8; NULL if it is
     return text;
 }
 
-static char *field(const char *object, const char *key) /* the JSON of a field; NULL: it is missing (F4), or no object */
+static inline int is_object(const char *message)
 {
-    const char *at = blank(object), *found = NULL, *found_end = NULL, *end = skip_value(at, 0);
-    if (*at != '{' || !end || *blank(end))
+    const char *at = blank(message), *end = *at == '{' ? skip_value(at, 0) : NULL;
+    return end && !*blank(end);
+}
+
+/* the JSON of a field; NULL: it is missing (F4), or this is no object */
+static inline char *field(const char *object, const char *key)
+{
+    const char *at, *found = NULL, *found_end = NULL;
+    if (!is_object(object))
         return NULL;
-    for (at = blank(at + 1); *at == '"'; at = blank(at + 1)) {
+    for (at = blank(blank(object) + 1); *at == '"'; at = blank(at + 1)) {
         char name[64] = "", *text;
         const char *value = blank(1 + blank(skip_text(at)));
         if ((text = plain(strndup(at, skip_text(at) - at))))
@@ -186,9 +238,26 @@ static char *field(const char *object, const char *key) /* the JSON of a field; 
     return found ? strndup(found, found_end - found) : NULL;
 }
 
+/* what stands last in a message that cannot be parsed, as an object: who sent it (F5). NULL: it does not say */
+static inline char *envelope(const char *message)
+{
+    const char *last = "[,{]([ \t\r\n]*\"(no_reply|reply_to|correlation_id|dressed)\"[ \t\r\n]*:"
+                       "[ \t\r\n]*(true|false|null|\"[^\"\\]*\")[ \t\r\n]*[,}])+[ \t\r\n]*$";
+    size_t length = strlen(message);
+    regex_t pattern;
+    regmatch_t found;
+    if (length > 400) /* it is no longer, and this may be large */
+        message += length - 400;
+    if (regcomp(&pattern, last, REG_EXTENDED))
+        die("out of memory");
+    int is_there = !regexec(&pattern, message, 1, &found, 0);
+    regfree(&pattern);
+    return is_there ? text_of("{%s", message + found.rm_so + 1) : NULL;
+}
+
 /* Files */
 
-static void write_file(const char *path, const char *text, int durable) /* T2 without the name */
+static inline void write_file(const char *path, const char *text, int durable) /* T2 without the name */
 {
     int file = open(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, 0600); /* D6 */
     size_t length = strlen(text);
@@ -202,7 +271,8 @@ static void write_file(const char *path, const char *text, int durable) /* T2 wi
         die("%s: %s", path, strerror(errno));
 }
 
-static void put(const char *directory, const char *name, const char *text) /* a file appears when it is whole (D4) */
+/* a file appears when it is whole (D4) */
+static inline void put(const char *directory, const char *name, const char *text)
 {
     char hex[33];
     new_hex(hex);
@@ -213,7 +283,7 @@ static void put(const char *directory, const char *name, const char *text) /* a 
     free(draft), free(path);
 }
 
-static char *read_file(const char *path) /* NULL: it cannot be read */
+static inline char *read_file(const char *path) /* NULL: it cannot be read */
 {
     struct stat status;
     int file = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK);
@@ -225,12 +295,15 @@ static char *read_file(const char *path) /* NULL: it cannot be read */
                 break;
             done += got;
         }
+    for (off_t at = 0; text && at < status.st_size; at++)
+        if (!text[at]) /* C's texts end here, and the file does not */
+            text[at] = 1; /* which JSON forbids as well (F2) */
     if (file >= 0)
         close(file);
     return text;
 }
 
-static void find_directories(const char *config)
+static inline void find_directories(const char *config)
 {
     char target[PATH_MAX] = "", owner[PATH_MAX] = "", hex[33], *real = realpath(config, NULL);
     struct stat status;
@@ -252,13 +325,12 @@ static void find_directories(const char *config)
         die("%s has format %s, and this program knows 1", queue, format ? format : "?");
     free(real), free(link), free(mark), free(path), free(said), free(format);
     new_hex(hex);
-    reply = text_of("reply_%d_%s", (int)getpid(), hex);       /* P2 */
-    worker_id = text_of("c-%d-%.12s", (int)getpid(), hex); /* L3: nobody has used it */
+    reply = text_of("reply_%d_%s", (int)getpid(), hex); /* P2 */
 }
 
 /* Pipes */
 
-static void read_from(struct reader *reader, const char *name)
+static inline void read_from(struct reader *reader, const char *name)
 {
     char hex[33];
     new_hex(hex);
@@ -271,7 +343,7 @@ static void read_from(struct reader *reader, const char *name)
     free(draft), free(path);
 }
 
-static int tell(const char *name, const char *text) /* write a message into a pipe; 0, or what errno says */
+static inline int tell(const char *name, const char *text) /* write a message into a pipe; 0, or what errno says */
 {
     char hex[33], *body = NULL, *check = NULL;
     size_t length = strlen(text);
@@ -307,29 +379,65 @@ static int tell(const char *name, const char *text) /* write a message into a pi
     return problem;
 }
 
-static char *unpack(struct reader *reader, char *text) /* M2, M3 */
+static inline int is_hex(const char *text) /* {hex} */
 {
-    char *name = strncmp(text, "{\"body_file\":", 13) ? NULL : plain(field(text, "body_file"));
-    char *ours = text_of("body_%s.", reader->name);
-    if (!name)
-        return free(ours), text;
-    char *path = text_of("%s/%s", pipes, name), *message = NULL;
-    if (!strncmp(name, ours, strlen(ours)) && !strchr(name, '/') && (message = read_file(path)))
-        unlink(path);
-    free(text), free(name), free(ours), free(path);
+    return strlen(text) == 32 && strspn(text, "0123456789abcdef") == 32;
+}
+
+static inline char *take_body(struct reader *reader, const char *name) /* M2; NULL: it is none for this pipe, or gone */
+{
+    size_t length = strlen(reader->name);
+    if (strncmp(name, "body_", 5) || strncmp(name + 5, reader->name, length) || name[5 + length] != '.' ||
+        !is_hex(name + 6 + length))
+        return NULL;
+    char *path = text_of("%s/%s", pipes, name), *message = read_file(path);
+    if (message && unlink(path)) /* or it would be found again and again */
+        free(message), message = NULL;
+    free(path);
+    return message;
+}
+
+static inline char *next_body(struct reader *reader) /* M4: one that lies there, rung for or not; NULL: there is none */
+{
+    DIR *directory = opendir(pipes);
+    char *message = NULL;
+    for (struct dirent *found; directory && !message && (found = readdir(directory));)
+        message = take_body(reader, found->d_name);
+    if (directory)
+        closedir(directory);
+    return message;
+}
+
+static inline int is_time_to_look(void) /* M4: whether ten seconds have gone, and another ten begin */
+{
+    static time_t looked;
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    if (time.tv_sec - looked < 10)
+        return 0;
+    looked = time.tv_sec;
+    return 1;
+}
+
+static inline char *unpack(struct reader *reader, char *text) /* M1 to M3; frees it where the message is another */
+{
+    if (strncmp(text, "{\"body_file\":", 13))
+        return text;
+    char *name = plain(field(text, "body_file")), *message = name ? take_body(reader, name) : NULL;
+    free(text), free(name);
     return message;
 }
 
 static int over[2]; /* a pipe: whoever is told to end finds a byte in it (a flag could be set just before `poll`) */
 
-static void end(int number)
+static inline void end(int number)
 {
     (void)number;
     if (write(over[1], "!", 1) < 0)
         _exit(1);
 }
 
-static void end_by_signals(void)
+static inline void end_by_signals(void)
 {
     struct sigaction action = {.sa_handler = end, .sa_flags = SA_RESTART};
     if (pipe(over))
@@ -338,14 +446,14 @@ static void end_by_signals(void)
     sigaction(SIGINT, &action, NULL);
 }
 
-static int is_over(void)
+static inline int is_over(void)
 {
     struct pollfd told = {over[0], POLLIN, 0};
     return over[0] && poll(&told, 1, 0) > 0;
 }
 
 /* the next message; NULL if none comes in time, or we are told to end */
-static char *next(struct reader *reader, int milliseconds)
+static inline char *next(struct reader *reader, int milliseconds)
 {
     for (;;) {
         while (reader->length >= 6) {
@@ -374,25 +482,29 @@ static char *next(struct reader *reader, int milliseconds)
 
 /* A worker's life */
 
-static void lock_id(void) /* L1, L2 */
+static inline void lock_id(void) /* L1, L2 */
 {
     char hex[33];
     new_hex(hex);
+    worker_id = text_of("c-%d-%.12s", (int)getpid(), hex); /* L3: nobody has used it */
     char *home = text_of("%s/claimed/%s", queue, worker_id), *lock = text_of("%s/lock", home);
     char *draft = text_of("%s/claimed/.%s.%s", queue, worker_id, hex);
     int file = open(draft, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
     if (file < 0 || flock(file, LOCK_EX | LOCK_NB))
         die("%s: %s", draft, strerror(errno));
+    int problem;
     do
-        mkdir(home, 0700);
-    while (link(draft, lock) && errno == ENOENT); /* an empty directory may be removed again meanwhile */
-    if (access(lock, F_OK))
-        die("%s: %s", lock, strerror(errno));
+        if (mkdir(home, 0700) && errno != EEXIST)
+            die("%s: %s", home, strerror(errno));
+    while ((problem = link(draft, lock) ? errno : 0) == ENOENT); /* it was empty, and has been removed meanwhile */
     unlink(draft); /* the descriptor stays open: its end is our death */
+    if (problem)
+        die("%s: %s", lock, strerror(problem));
     free(home), free(lock), free(draft);
 }
 
-static void come(const char *subscriptions) /* L4, once the lock is held and the pipes are read; fields that begin with ',' */
+/* L4, once the lock is held and the pipes are read; what it subscribes to as fields that begin with ',' */
+static inline void come(const char *subscriptions)
 {
     char *name = text_of("worker_%s.json", worker_id);
     char *entry = text_of("{\"worker_id\":\"%s\",\"pid\":%d,\"since\":%lld,\"reply\":\"%s\"%s}", worker_id, (int)getpid(),
@@ -403,7 +515,7 @@ static void come(const char *subscriptions) /* L4, once the lock is held and the
     free(name), free(entry), free(frame);
 }
 
-static void leave(const char *pipe) /* L6: so that nobody has to bury us */
+static inline void leave(const char *pipe) /* L6: so that nobody has to bury us */
 {
     char *left[] = {
         text_of("%s/worker_%s.json", registry, worker_id),
@@ -421,12 +533,13 @@ static void leave(const char *pipe) /* L6: so that nobody has to bury us */
     rmdir(home), free(home);
 }
 
-static void answer(const char *message, const char *kind, const char *value) /* A1 */
+static inline void answer(const char *message, const char *kind, const char *value) /* A1 */
 {
+    char *sender = is_object(message) ? NULL : envelope(message);
+    message = sender ? sender : message;
     char *to = plain(field(message, "reply_to")), *id = field(message, "correlation_id"), hex[33];
     int digits = to && !strncmp(to, "reply_", 6) ? strspn(to + 6, "0123456789") : 0;
-    int is_pipe = digits && digits < 20 && to[6 + digits] == '_' && strlen(to + 7 + digits) == 32 &&
-                  strspn(to + 7 + digits, "0123456789abcdef") == 32;
+    int is_pipe = digits && digits < 20 && to[6 + digits] == '_' && is_hex(to + 7 + digits);
     char *no_reply = field(message, "no_reply"), *dressed = field(message, "dressed");
     if (is_pipe && !(no_reply && !strcmp(no_reply, "true"))) {
         int is_dressed = dressed && !strcmp(dressed, "true"); /* F6: what comes back is as it came */
@@ -442,7 +555,7 @@ static void answer(const char *message, const char *kind, const char *value) /* 
         }
         free(text);
     }
-    free(to), free(id), free(no_reply), free(dressed);
+    free(sender), free(to), free(id), free(no_reply), free(dressed);
 }
 
 #endif

@@ -2,7 +2,8 @@
  *
  *     rpc_server CONFIG IDENTIFIER
  *
- * It ends by SIGTERM or SIGINT.
+ * It ends by SIGTERM or SIGINT. Whether its pipe, its entry and its lock are still there it does not look (L7): where
+ * somebody has removed one, it is to be ended and started again.
  */
 #include "namedpipe.h"
 
@@ -23,9 +24,17 @@ static void serve(char *message, const char *identifier)
     char *to = message ? plain(field(message, "to")) : NULL, *body = message ? field(message, "body") : NULL;
     if (body && to && !strcmp(to, identifier))
         answer(message, "result", body);
-    else if (message)
+    else if (message && is_object(message))
         answer(message, "undelivered", "\"nobody here is called so\""); /* C5 */
+    else if (message)
+        answer(message, "exception", "\"the message cannot be read\"");
     free(message), free(to), free(body);
+}
+
+static void serve_bodies(struct reader *calls, const char *identifier) /* M4: those that nobody has rung for */
+{
+    for (char *message; (message = next_body(calls));)
+        serve(message, identifier);
 }
 
 int main(int count, char **arguments)
@@ -46,12 +55,16 @@ int main(int count, char **arguments)
         die("%s is taken: %s", arguments[2], strerror(errno));
     printf("ready\n");
     fflush(stdout);
-    while (!is_over())
-        serve(next(&calls, -1), arguments[2]);
+    while (!is_over()) {
+        serve(next(&calls, 1000), arguments[2]);
+        if (is_time_to_look())
+            serve_bodies(&calls, arguments[2]);
+    }
     unlink(route); /* L6: nobody finds us any more; what has come is answered (C5) */
     over[0] = 0;
     for (char *message; (message = next(&calls, 0));)
         serve(message, arguments[2]);
+    serve_bodies(&calls, arguments[2]);
     leave(name);
     free(id), free(route);
     return 0;

@@ -4,8 +4,6 @@
  *
  * It exits with 0 once each task has an outcome.
  */
-#include <dirent.h>
-
 #include "namedpipe.h"
 
 static void send_task(const char *body, int number)
@@ -42,7 +40,7 @@ static int take(char *message, char *waits, int count) /* say whether one more h
     for (int i = 0; i < 4 && number >= 0 && number < count && waits[number]; i++) {
         char *value = field(message, kinds[i]);
         if (value) {
-            printf("%s: %s\n", kinds[i], value);
+            printf("%s: %s\n", kinds[i], one_line(value));
             fflush(stdout);
             waits[number] = 0; /* T5: it may come twice */
             ended = 1;
@@ -50,24 +48,6 @@ static int take(char *message, char *waits, int count) /* say whether one more h
         free(value);
     }
     free(id), free(message);
-    return ended;
-}
-
-static int look_for_bodies(struct reader *answers, char *waits, int count) /* M4: those whose doorbell was lost */
-{
-    int ended = 0;
-    char *ours = text_of("body_%s.", reply);
-    DIR *directory = opendir(pipes);
-    for (struct dirent *found; directory && (found = readdir(directory));) {
-        if (strncmp(found->d_name, ours, strlen(ours)))
-            continue;
-        char *message = unpack(answers, text_of("{\"body_file\":\"%s\"}", found->d_name));
-        if (message)
-            ended += take(message, waits, count);
-    }
-    if (directory)
-        closedir(directory);
-    free(ours);
     return ended;
 }
 
@@ -83,15 +63,13 @@ int main(int count, char **arguments)
     read_from(&answers, reply);
     for (int i = 0; i < count - 2; i++)
         send_task(arguments[i + 2], i);
-    long long looked = now();
     while (left > 0) {
-        char *message = next(&answers, 10000);
+        char *message = next(&answers, 1000);
         if (message)
             left -= take(message, waits, count - 2);
-        if (now() - looked > 10000000000LL) {
-            looked = now();
-            left -= look_for_bodies(&answers, waits, count - 2);
-        }
+        if (is_time_to_look()) /* M4: those whose doorbell was lost */
+            while ((message = next_body(&answers)))
+                left -= take(message, waits, count - 2);
     }
     char *path = text_of("%s/%s", pipes, reply);
     unlink(path);

@@ -24,12 +24,28 @@ static void report(const char *became, const char *name) /* R3, R4 */
     free(text);
 }
 
+static void move(const char *from, const char *to)
+{
+    if (rename(from, to))
+        die("%s: %s", to, strerror(errno));
+}
+
+/* W4, W5; `reason` is kept beside it */
+static void settle(const char *ours, const char *state, const char *name, const char *reason)
+{
+    char *directory = text_of("%s/%s", queue, state), *settled = text_of("%s/task_%s.json", directory, name);
+    char *beside = text_of("task_%s.reason", name);
+    mkdir(directory, 0700); /* it is there, but for somebody who has tidied up */
+    if (reason)
+        put(directory, beside, reason);
+    move(ours, settled);
+    free(directory), free(settled), free(beside);
+}
+
 static const char *work(const char *name, int seconds) /* what the report says of it */
 {
     char *waiting = text_of("%s/task_%s.json", queue, name), *message = NULL, *body = NULL;
     char *ours = text_of("%s/claimed/%s/task_%s.json", queue, worker_id, name);
-    char *failed = text_of("%s/failed/task_%s.json", queue, name);
-    char *completed = text_of("%s/completed/task_%s.json", queue, name);
     const char *became = "lost";
     if (is_paused())
         goto done;
@@ -41,35 +57,36 @@ static const char *work(const char *name, int seconds) /* what the report says o
         goto done;
     }
     if (is_paused()) {
-        rename(ours, waiting); /* W6 */
+        move(ours, waiting); /* W6 */
         became = "returned";
         goto done;
     }
     became = "done";
     message = read_file(ours);
     if (!message || !(body = field(message, "body"))) { /* W4 */
-        if (message) /* if it is JSON at all; its end is not searched for whom to tell */
-            answer(message, "exception", "\"it is not a task: it has no body\"");
-        rename(ours, failed);
+        if (message)
+            answer(message, "exception", "\"it is no JSON object with a body\"");
+        settle(ours, "failed", name, "it is no JSON object with a body");
         goto done;
     }
     if (seconds)
         report("claimed", name); /* R4 */
     for (int left = seconds; left; left = sleep(left))
         ;
-    printf("%.60s\n", body);
+    printf("%.60s\n", one_line(body));
     fflush(stdout);
     answer(message, "result", body); /* W5: its outcome first */
-    if (rename(ours, completed))
-        die("%s: %s", completed, strerror(errno));
+    settle(ours, "completed", name, NULL);
 done:
-    free(waiting), free(ours), free(failed), free(completed), free(message), free(body);
+    free(waiting), free(ours), free(message), free(body);
     return became;
 }
 
-static int is_safe(const char *name) /* what comes in a message and is to be part of a path */
+static int is_name(const char *name) /* a task's, {id} or {id}.{deaths}: it is to be in a path */
 {
-    return *name && strspn(name, "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz.-") == strlen(name);
+    size_t id = strspn(name, "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz-"); /* T1 */
+    const char *deaths = name[id] == '.' ? name + id + 1 : "0";
+    return id && id <= 80 && (!name[id] || name[id] == '.') && *deaths && !deaths[strspn(deaths, "0123456789")];
 }
 
 static void rung(const char *names, int seconds) /* ["name", ...] */
@@ -79,7 +96,7 @@ static void rung(const char *names, int seconds) /* ["name", ...] */
         char *name = after ? plain(strndup(at, after - at)) : NULL;
         if (!name)
             return;
-        if (is_safe(name))
+        if (is_name(name))
             report(work(name, seconds), name);
         free(name);
         at = after;
