@@ -267,6 +267,18 @@ def test_doors(aiida: Aiida) -> None:
     assert f"coordinator PID {aiida.coordinator_pid()}" in said
 
 
+def test_which_profile_is_meant_is_for_verdi_to_say(aiida: Aiida) -> None:
+    if not aiida.vendored:
+        pytest.skip("aiida-coordinator says it itself")
+    for option in ("--profile=other", "--config-path=/tmp", "--prof=other"):
+        assert "unrecognized arguments" in aiida.verdi("coordinator", "status", option, status=2)
+    assert "usage: verdi coordinator tasks" in aiida.verdi("coordinator", "tasks", "--help")
+    aiida.coordinator("start")
+    assert "Sent" in aiida.verdi("coordinator", "send", "--", "-1.5e3")
+    assert aiida.tasks()
+    assert "Removed" in aiida.verdi("coordinator", "purge", "--state", "waiting")
+
+
 def test_completion_knows_each_command_and_option(aiida: Aiida) -> None:
     if not aiida.vendored:
         pytest.skip("aiida-coordinator has no completion")
