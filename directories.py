@@ -253,7 +253,7 @@ def _check_format(queue: Path, profile: str, profile_uuid: str | None) -> None:
 def _refuse_another_uuid(queue: Path, said: dict[str, Any], profile_uuid: str | None) -> None:
     if None not in (said.get("uuid"), profile_uuid) and said["uuid"] != profile_uuid:
         raise DirectoryRefused(
-            f"{queue} belongs to another profile, which was called '{said.get('profile')!s:.200}' too: set it aside by "
+            f"{queue} belongs to another profile that was called '{said.get('profile')!s:.200}' too: set it aside by "
             f"'mv {queue} {queue}.old', or delete it by the command 'delete'."
         )
 

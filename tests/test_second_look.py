@@ -387,7 +387,7 @@ while time.monotonic() < end:
     except Interrupt:
         pass
 signal.setitimer(signal.ITIMER_REAL, 0)
-print(poller.catch_up())
+print(any(poller.catch_up() for _ in range(20)))
 worker.close()
 print("closed")
 """
