@@ -13,6 +13,7 @@ import json
 import os
 import re
 import select
+import signal
 import stat
 import sys
 import time
@@ -25,13 +26,17 @@ import kiwipy
 import pytest
 
 import directories
+import engine
 from harness import ECHO, HERE, HOLDER, RECORDER, TIMEOUT, WORKER, Broker, eventually, recorded
+from test_operating import OTHER_USER, root, serving
 
 sys.path.append(str(HERE / "tools"))
 import draw
 
 PROTOCOL = (HERE / "PROTOCOL.md").read_text()
 checks = pytest.mark.protocol
+SLOW = 0.001
+"""A coordinator with so slow a clock does nothing every ten seconds: what comes soon comes for another reason."""
 
 
 def new_hex() -> str:
@@ -191,6 +196,42 @@ def worker(stranger: Stranger) -> Stranger:
     return stranger
 
 
+def mortal(broker: Broker) -> Stranger:
+    """Return a stranger for a test that begins without a coordinator; when it ends, nothing of him is left."""
+    made = Stranger(broker.config_path)
+    for end in (made.close, made.go):  # The last one first.
+        broker.stack.callback(end)
+    return made
+
+
+def killed_before(pattern: str) -> str:
+    """Return a script's beginning: its process is killed when it is about to give something such a name."""
+    return f"""
+import os, re, signal, sys
+def hook(event, arguments):
+    if event == "os.rename" and re.search({pattern!r}, os.fspath(arguments[1])):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+"""
+
+
+def fill(fifo: Path) -> None:
+    """Write into a FIFO until it takes nothing more."""
+    descriptor = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    for size in (select.PIPE_BUF, 1):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(descriptor, bytes(size))
+    os.close(descriptor)
+
+
+def see_a_sweep(broker: Broker) -> None:
+    """Wait until the coordinator has looked for what nobody can use any more, which a route that leads nowhere is."""
+    route = broker.pipes / "route_nowhere"
+    os.symlink("nowhere", route)
+    eventually(lambda: not os.path.lexists(route))
+
+
 def done(broker: Broker, name: str) -> bool:
     return (broker.queue / "completed" / f"task_{name}.json").exists()
 
@@ -226,9 +267,9 @@ def test_everything_is_for_its_user_alone(served: Broker) -> None:
     served.communicator().task_send("waits", no_reply=True)
     assert stat.S_ISDIR(os.lstat(served.pipes).st_mode)
     assert os.readlink(served.pipes / ".config") == os.path.realpath(served.config_path)
-    for root in (served.pipes, served.config_path / "pipes", served.queue):
-        assert os.lstat(root).st_uid == os.geteuid() and os.lstat(root).st_mode & 0o77 == 0
-        for path in root.rglob("*"):
+    for place in (served.pipes, served.config_path / "pipes", served.queue):
+        assert os.lstat(place).st_uid == os.geteuid() and os.lstat(place).st_mode & 0o77 == 0
+        for path in place.rglob("*"):
             with contextlib.suppress(FileNotFoundError):
                 status = os.lstat(path)
                 assert stat.S_ISLNK(status.st_mode) or status.st_mode & 0o77 == 0, path
@@ -244,6 +285,35 @@ def test_pipes_that_others_may_enter_are_not_used(broker: Broker, mode: int) -> 
     broker.pipes.chmod(0o700)
 
 
+@checks("D2")
+@root
+@pytest.mark.parametrize("marked", [False, True])
+def test_pipes_that_another_user_has_made_are_not_used(broker: Broker, marked: bool) -> None:
+    broker.pipes.mkdir(mode=0o700)
+    if marked:
+        os.symlink(os.path.realpath(broker.config_path), broker.pipes / ".config")
+    os.chown(broker.pipes, OTHER_USER, OTHER_USER)
+    before = os.listdir(broker.pipes)
+    own = Path(f"{broker.pipes}_{digest(broker)}")
+    with broker.communicator("w1") as worker:
+        worker.add_task_subscriber(lambda _, body: body)
+        assert os.readlink(broker.config_path / "pipes" / "directory") == str(own)
+        assert (own / "task_w1").is_fifo() and os.listdir(broker.pipes) == before
+    directories.remove_pipes(own)
+
+
+@checks("D2")
+@root
+def test_pipes_that_have_come_to_another_user_are_not_used_any_more(broker: Broker) -> None:
+    broker.communicator().close()
+    os.chown(broker.pipes, OTHER_USER, OTHER_USER)
+    own = Path(f"{broker.pipes}_{digest(broker)}")
+    with broker.communicator():
+        assert os.readlink(broker.config_path / "pipes" / "directory") == str(own)
+        assert os.listdir(broker.pipes) == [".config"]
+    directories.remove_pipes(own)
+
+
 @checks("D6", "W4")
 def test_no_file_is_opened_through_a_symlink(served: Broker, stranger: Stranger, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text('{"body":"elsewhere"}')
@@ -257,13 +327,35 @@ def test_no_file_is_opened_through_a_symlink(served: Broker, stranger: Stranger,
 @checks("D4")
 def test_a_draft_whose_writer_died_is_removed_after_an_hour(broker: Broker) -> None:
     broker.communicator().close()
-    old, young = (broker.queue / f".{time.time_ns():020d}-0badcaf{digit}" for digit in "ef")
-    for draft in (old, young):
-        draft.touch()
-    os.utime(old, (0, time.time() - 3700))
-    broker.start()
-    eventually(lambda: not old.exists())
-    assert young.exists()
+
+    def drafts(age: float) -> list[Path]:
+        made = [
+            broker.queue / f".{time.time_ns():020d}-{new_hex()[:8]}",
+            broker.queue / "claimed" / f".w1.{new_hex()}",
+            broker.pipes / f".task_w1.{new_hex()}",
+            broker.config_path / "pipes" / f".worker_w1.json.{new_hex()}",
+        ]
+        for path in made:
+            path.touch()
+            os.utime(path, (0, time.time() - age))
+        return made
+
+    young = drafts(1800)
+    nobodys = broker.queue / ".notes"
+    nobodys.touch()
+    os.utime(nobodys, (0, 0))
+    with serving(broker, ahead=0.0):
+        for _ in range(2):  # In the first round the young ones may have their turn after these.
+            old = drafts(7200)
+            eventually(lambda: not any(path.exists() for path in old))
+    assert all(path.exists() for path in (*young, nobodys))
+    for path in young:
+        path.unlink()
+
+
+def digest(broker: Broker) -> str:
+    """Return what the sentence D3 puts behind a name that is taken."""
+    return hashlib.sha256(f"{os.getuid()}:{os.path.realpath(broker.config_path)}".encode()).hexdigest()[:16]
 
 
 @checks("D3")
@@ -272,8 +364,7 @@ def test_who_finds_the_name_taken_takes_the_one_with_the_digest(broker: Broker, 
     (tmp_path / "another").mkdir()  # Or whoever starts meanwhile takes the directory for forgotten.
     os.symlink(tmp_path / "another", broker.pipes / ".config")
     broker.communicator().close()
-    said = f"{os.getuid()}:{os.path.realpath(broker.config_path)}".encode()
-    own = Path(f"{broker.pipes}_{hashlib.sha256(said).hexdigest()[:16]}")
+    own = Path(f"{broker.pipes}_{digest(broker)}")
     assert os.readlink(broker.config_path / "pipes" / "directory") == str(own)
     assert os.readlink(own / ".config") == os.path.realpath(broker.config_path)
     directories.remove_pipes(own)
