@@ -538,6 +538,34 @@ def test_a_fifo_has_its_name_only_while_somebody_reads_it(served: Broker) -> Non
         assert caught.value.errno in (errno.ENXIO, errno.ENOENT)
 
 
+@checks("P3")
+def test_a_fifo_gets_its_name_only_once_it_is_read(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkfifo, rename, made, is_read = os.mkfifo, os.rename, [], {}
+
+    def makes(path: Any, *rest: Any) -> None:
+        made.append(os.path.basename(path))
+        mkfifo(path, *rest)
+
+    def renames(source: Any, target: Any) -> None:
+        if stat.S_ISFIFO(os.lstat(source).st_mode):
+            try:
+                os.close(os.open(source, os.O_WRONLY | os.O_NONBLOCK))
+                is_read[os.path.basename(target)] = True
+            except OSError:
+                is_read[os.path.basename(target)] = False
+        rename(source, target)
+
+    monkeypatch.setattr(os, "mkfifo", makes)
+    monkeypatch.setattr(os, "rename", renames)
+    worker = broker.communicator("w1")
+    worker.add_task_subscriber(lambda *_: None)
+    worker.add_rpc_subscriber(lambda *_: None)
+    worker.add_broadcast_subscriber(lambda *_: None)
+    assert all(is_read.values()) and all(name.startswith(".") for name in made), (is_read, made)
+    named = {path.name for path in broker.pipes.iterdir() if stat.S_ISFIFO(os.lstat(path).st_mode)}
+    assert named == is_read.keys() and {"task_w1", "rpc_w1", "broadcast_w1"} < named
+
+
 @checks("P5")
 def test_what_is_no_fifo_is_not_written_to(served: Broker) -> None:
     stranger = Stranger(served.config_path)
@@ -548,6 +576,17 @@ def test_what_is_no_fifo_is_not_written_to(served: Broker) -> None:
     assert served.communicator().rpc_send("w1", 2).result(TIMEOUT) == 2
     assert (served.pipes / stranger.reply).read_text() == ""
     (served.pipes / stranger.reply).unlink()
+
+
+@checks("P5")
+@root
+def test_a_fifo_of_another_user_is_not_written_to(served: Broker, stranger: Stranger) -> None:
+    served.child(ECHO, "w1")
+    stranger.read_from(stranger.reply)
+    os.chown(served.pipes / stranger.reply, OTHER_USER, OTHER_USER)
+    stranger.tell("rpc_w1", {"to": "w1", "body": 1, "reply_to": stranger.reply, "correlation_id": "1"})
+    assert served.communicator().rpc_send("w1", 2).result(TIMEOUT) == 2
+    assert stranger.next(stranger.reply, 0) is None
 
 
 @checks("P6")
