@@ -641,6 +641,22 @@ def test_an_outcome_that_was_left_on_the_disk_is_found(served: Broker, worker: S
     assert future.result(TIMEOUT) == "found"
 
 
+@checks("M4")
+def test_whoever_gives_up_a_large_message_removes_its_body(served: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_FLUSH_SECONDS", 0.1)  # For so long it tries when it closes.
+    server = served.child(ECHO, "w1")
+    server.stop()
+    fill(served.pipes / "rpc_w1")
+    caller = served.communicator()
+    future = caller.rpc_send("w1", "x" * 100_000)
+    assert len(list(served.pipes.glob("body_rpc_w1.*"))) == 1
+    caller.close()
+    assert not list(served.pipes.glob("body_rpc_w1.*"))
+    with pytest.raises(kiwipy.CommunicatorClosed):
+        future.result(TIMEOUT)
+    server.go_on()
+
+
 # Tasks: sending
 
 
@@ -673,6 +689,23 @@ def test_a_task_that_was_removed_in_time_is_not_done(served: Broker, stranger: S
     stranger.tell("coordinator_tasks", {"type": "task", "queue": "", "name": other})
     eventually(lambda: done(served, other))
     assert recorded(tmp_path / "record") == ["other"]
+
+
+@checks("T4")
+def test_a_task_whose_fsync_failed_is_removed(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[str] = []
+
+    def fails(_: int) -> None:
+        there.extend(name for name in os.listdir(broker.queue) if name.startswith("task_"))
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    sender = broker.communicator()
+    before = sorted(os.listdir(broker.queue))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            sender.task_send("not accepted")
+    assert len(there) == 1 and sorted(os.listdir(broker.queue)) == before
 
 
 # Tasks: working
