@@ -857,6 +857,47 @@ def test_a_death_is_counted_in_the_name_and_the_twentieth_is_the_last(served: Br
     assert left == []
 
 
+@checks("W7")
+def test_the_sender_is_told_of_the_last_death_before_the_task_goes_to_failed(broker: Broker) -> None:
+    broker.communicator().close()
+    sender, worker = mortal(broker), mortal(broker)
+    sender.read_from(sender.reply)
+    task = {"body": 1, "reply_to": sender.reply, "correlation_id": "c"}
+    with serving(broker, before=killed_before("/failed/task_[^/]*[.]json$")) as coordinator:
+        worker.come()
+        worker.put(broker.queue / "task_c.19.json", json.dumps(task))
+        assert worker.claim("c.19") is not None
+        worker.close()
+        assert coordinator.process.wait(TIMEOUT) == -signal.SIGKILL
+    told = sender.next(sender.reply, 0)
+    assert told is not None and told["correlation_id"] == "c" and "20 workers" in told["exception"]
+    assert list(broker.queue.rglob("task_*.json")) == [worker.ours / "task_c.19.json"]
+    # Who has buried it was killed in the middle, so the next one begins anew.
+    broker.start()
+    eventually(lambda: (broker.queue / "failed" / "task_c.19.json").exists())
+    assert sender.next(sender.reply) == told
+
+
+RAISES = """
+def raises(*_):
+    raise ValueError("too difficult")
+worker = communicator("w1")
+worker.add_task_subscriber(raises)
+print("ready"); sys.stdin.read()
+"""
+
+
+@checks("W5", "W8", "A2")
+def test_the_outcome_and_its_reason_come_before_the_task_is_completed(served: Broker) -> None:
+    child = served.child(killed_before("/completed/task_[^/]*[.]json$") + RAISES)
+    future = served.communicator().task_send("raises")
+    assert child.process.wait(TIMEOUT) == -signal.SIGKILL
+    with pytest.raises(kiwipy.RemoteException, match="too difficult"):
+        future.result(TIMEOUT)
+    (reason,) = (served.queue / "completed").iterdir()
+    assert re.fullmatch(r"task_[^.]*\.reason", reason.name) and "too difficult" in reason.read_text()
+
+
 @checks("W8")
 def test_what_a_subscriber_of_pythons_raised_is_beside_its_task_too(served: Broker) -> None:
     def raises(*_: Any) -> None:
