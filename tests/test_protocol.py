@@ -938,6 +938,106 @@ def test_a_lock_that_is_held_is_a_life(served: Broker, worker: Stranger) -> None
     served.communicator(worker.worker_id).close()
 
 
+@checks("L2")
+def test_the_lock_has_its_name_only_once_it_is_held(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, is_held = os.link, []
+
+    def links(source: Any, target: Any, **options: Any) -> None:
+        if os.path.basename(target) == "lock":
+            descriptor = os.open(source, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_held.append(False)
+            except BlockingIOError:
+                is_held.append(True)
+            os.close(descriptor)
+        link(source, target, **options)
+
+    monkeypatch.setattr(os, "link", links)
+    monkeypatch.setattr(engine, "LOOK_SECONDS", 0.2)
+    broker.communicator("w1")
+    lock = broker.queue / "claimed" / "w1" / "lock"
+    assert lock.is_file() and is_held == [True]
+    lock.unlink()
+    eventually(lock.is_file)  # It is made again.
+    assert is_held == [True, True]
+    assert [path.name for path in (broker.queue / "claimed").iterdir()] == ["w1"]
+
+
+@checks("L3", "L5")
+def test_who_takes_an_id_that_was_used_buries_what_is_left(broker: Broker) -> None:
+    broker.communicator().close()
+    dead = mortal(broker)
+    dead.lock()
+    dead.read_from(dead.reply)
+    dead.read_from(f"rpc_{dead.worker_id}")
+    entry = {"worker_id": dead.worker_id, "pid": 1, "since": 1.0, "reply": dead.reply, "rpc": True}
+    dead.put(dead.registry / f"worker_{dead.worker_id}.json", json.dumps(entry))
+    os.symlink(f"rpc_{dead.worker_id}", dead.pipes / "route_r")
+    name = dead.task(body=1)
+    assert dead.claim(name) is not None
+    dead.close()
+    broker.communicator(dead.worker_id)
+    assert (broker.queue / f"task_{name}.1.json").exists() and os.listdir(dead.ours) == ["lock"]
+    left = {".config", *(path.name for path in broker.pipes.glob("reply_*"))}
+    assert set(os.listdir(broker.pipes)) == left and dead.reply not in left
+    assert json.loads((dead.registry / f"worker_{dead.worker_id}.json").read_text())["reply"] in left
+
+
+@checks("L5")
+def test_whoever_has_locked_what_has_lost_its_name_buries_nobody(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker.communicator().close()
+    dead, heir = mortal(broker), mortal(broker)
+    heir.worker_id = dead.worker_id
+    dead.lock()
+    dead.close()
+    name = heir.task(body=1)
+    flock = fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        # The lock is open, and not yet locked: meanwhile somebody else buries the dead one, and its heir comes.
+        (dead.ours / "lock").unlink()
+        heir.lock()
+        heir.read_from(heir.reply)
+        heir.read_from(f"task_{heir.worker_id}")
+        entry = {"worker_id": heir.worker_id, "pid": 1, "since": 1.0, "reply": heir.reply, "queues": {"": 0}}
+        heir.put(heir.registry / f"worker_{heir.worker_id}.json", json.dumps(entry))
+        assert heir.claim(name) is not None
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(kiwipy.DuplicateSubscriberIdentifier):
+        broker.communicator(dead.worker_id)
+    assert (heir.pipes / f"task_{heir.worker_id}").is_fifo()
+    assert (heir.registry / f"worker_{heir.worker_id}.json").exists()
+    heir.complete(name)
+
+
+@checks("L5")
+def test_one_whose_lock_has_no_name_is_buried_in_the_third_round(broker: Broker) -> None:
+    broker.communicator().close()
+    with serving(broker, 10.0):
+        dead, alive = mortal(broker), mortal(broker)
+        for one in (dead, alive):
+            one.come("task", queues={"": 0})
+            assert one.claim(one.task(body=1)) is not None
+        see_a_sweep(broker)  # The next round is a second away, and each buries before it sweeps.
+        for one in (dead, alive):
+            (one.ours / "lock").unlink()
+        dead.close()
+        for _ in range(2):
+            see_a_sweep(broker)
+            assert list(dead.ours.glob("task_*"))
+        see_a_sweep(broker)
+        assert not dead.ours.exists() and len(list(broker.queue.glob("task_*.1.json"))) == 1
+        # So is nobody whose pipes are read.
+        (path,) = alive.ours.glob("task_*")
+        path.unlink()
+
+
 @checks("L3", "L4")
 def test_a_stranger_comes_and_is_rung(served: Broker, worker: Stranger) -> None:
     eventually(lambda: [found["worker_id"] for found in served.status()["workers"]] == [worker.worker_id])
