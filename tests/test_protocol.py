@@ -1080,6 +1080,55 @@ def test_a_worker_makes_again_what_is_gone(served: Broker) -> None:
     eventually(lambda: all(map(os.path.lexists, there)))
 
 
+@checks("L7")
+def test_a_pipe_that_is_made_again_is_registered_and_the_old_one_is_read_on(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "LOOK_SECONDS", 0.2)
+    server = broker.communicator("w1")
+    server.add_rpc_subscriber(lambda _, body: body, "r")
+    stranger = mortal(broker)
+    stranger.read_from(stranger.reply)
+    stranger.read_from("coordinator_tasks")  # There is no coordinator, so this is where it is told.
+    old = os.open(broker.pipes / "rpc_w1", os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        (broker.pipes / "rpc_w1").unlink()
+        assert stranger.next("coordinator_tasks") == {"type": "register", "worker": "w1"}
+        assert not os.path.samestat(os.fstat(old), os.stat(broker.pipes / "rpc_w1"))
+        call = {"to": "r", "body": 1, "reply_to": stranger.reply, "correlation_id": "by the new one"}
+        stranger.tell("rpc_w1", call)
+        assert stranger.next(stranger.reply) == {"result": 1, "correlation_id": "by the new one"}
+        text = json.dumps({**call, "correlation_id": "by the old one"}).encode()
+        os.write(old, len(text).to_bytes(4, "big") + text)
+        assert stranger.next(stranger.reply) == {"result": 1, "correlation_id": "by the old one"}
+    finally:
+        os.close(old)
+
+
+@checks("L7")
+def test_whoever_finds_anothers_lock_under_its_id_has_lost_it_and_what_it_claimed(
+    served: Broker, stranger: Stranger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "LOOK_SECONDS", 0.2)
+    held = kiwipy.Future()
+    loser, sender = served.communicator("w1"), served.communicator()
+    loser.add_task_subscriber(lambda *_: held)
+    pending = sender.task_send("held").result(TIMEOUT)
+    stranger.worker_id = "w1"
+    (path,) = stranger.ours.glob("task_*.json")
+    draft = stranger.queue / "claimed" / f".w1.{new_hex()}"
+    fcntl.flock(stranger._open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.rename(draft, stranger.ours / "lock")
+    # It begins a new life, under an id that nobody has used.
+    eventually(lambda: len(list(stranger.registry.glob("worker_*.json"))) == 2)
+    held.set_result("too late")
+    assert sender.task_send("more").result(TIMEOUT).result(TIMEOUT) == "too late"
+    task = json.loads(path.read_text())
+    stranger.answer(task, result="by who has the id")
+    stranger.complete(path.name[5:-5])
+    assert pending.result(TIMEOUT) == "by who has the id"
+
+
 # Rings and reports
 
 
