@@ -1165,6 +1165,65 @@ def test_what_is_not_claimed_is_offered_to_others(served: Broker, worker: Strang
     assert future.result(TIMEOUT) == "waits for nobody"
 
 
+@checks("R2")
+def test_a_silent_worker_is_rung_for_no_more_until_it_is_heard_from(broker: Broker) -> None:
+    broker.communicator().close()
+    # Its first look comes as late as it can, and not while this runs.
+    with serving(broker, 1.0, "import random\nrandom.random = lambda: 1.0\n"):
+        silent, other = mortal(broker), mortal(broker)
+
+        def sent() -> str:
+            name = silent.task(body=1)
+            silent.tell("coordinator_tasks", {"type": "task", "queue": "", "name": name})
+            return name
+
+        def rung(worker: Stranger, seconds: float = 2.0) -> list[str] | None:
+            ring = worker.next(f"task_{worker.worker_id}", seconds)
+            return list(ring["names"]) if ring is not None else None
+
+        silent.come("task", queues={"": 0})
+        begin = time.monotonic()
+        first = sent()
+        assert rung(silent) == [first]
+        other.come("task", queues={"": 0})
+        assert rung(other) == [first]
+        assert time.monotonic() - begin > 0.05
+        for name in (first, sent(), sent(), sent()):
+            assert name == first or rung(other) == [name]
+            assert other.claim(name) is not None
+            other.report(claimed=[name])
+        assert rung(silent, 0.2) is None
+        silent.report(lost=[first])
+        last = sent()
+        assert rung(silent) == [last]
+        for path in other.ours.glob("task_*"):
+            path.unlink()
+
+
+@checks("R3")
+def test_a_report_need_not_say_whose_lifes_it_is(broker: Broker) -> None:
+    broker.communicator().close()
+    with serving(broker, SLOW):
+        worker = mortal(broker)
+        worker.come("task", queues={"": 1})
+        pipe, names = f"task_{worker.worker_id}", []
+        for _ in range(2):
+            names.append(worker.task(body=1))
+            worker.tell("coordinator_tasks", {"type": "task", "queue": "", "name": names[-1]})
+        report = {"type": "report", "worker": worker.worker_id, "queue": ""}
+        ring = worker.next(pipe)
+        assert ring is not None and ring["names"] == names[:1]
+        assert worker.claim(names[0]) is not None
+        worker.tell("coordinator_tasks", {**report, "claimed": names[:1]})
+        worker.complete(names[0])
+        # It holds one at once, and a report of another life says nothing of this one.
+        worker.tell("coordinator_tasks", {**report, "reply": f"reply_1_{new_hex()}", "done": names[:1]})
+        assert worker.next(pipe, 0.3) is None
+        worker.tell("coordinator_tasks", {**report, "done": names[:1]})
+        ring = worker.next(pipe, 3.0)
+        assert ring is not None and ring["names"] == names[1:]
+
+
 @checks("R3")
 def test_a_worker_that_reports_nothing_gets_all_the_same(served: Broker, worker: Stranger) -> None:
     sender = served.communicator(fsync=False)
