@@ -1272,6 +1272,32 @@ def test_each_kind_of_answer_does_what_the_table_says(served: Broker, worker: St
     assert sent(pending=1).result(TIMEOUT).result(TIMEOUT) == "in the end"
 
 
+@checks("A2", "A3")
+def test_an_outcome_that_the_pipe_has_no_room_for_is_on_the_disk_before_its_task_is_completed(
+    served: Broker, stranger: Stranger
+) -> None:
+    stranger.read_from(stranger.reply)
+    fill(served.pipes / stranger.reply)
+    child = served.child(killed_before("/completed/task_[^/]*[.]json$") + ECHO, "w1")
+    name = stranger.task(body=1, reply_to=stranger.reply, correlation_id="c")
+    stranger.tell("coordinator_tasks", {"type": "task", "queue": "", "name": name})
+    assert child.process.wait(TIMEOUT) == -signal.SIGKILL
+    (body,) = served.pipes.glob(f"body_{stranger.reply}.*")
+    assert json.loads(body.read_text()) == {"result": 1, "correlation_id": "c"}
+
+
+@checks("A3")
+def test_an_outcome_whose_pipe_has_no_name_is_kept_for_a_minute(broker: Broker) -> None:
+    broker.communicator().close()
+    body = broker.pipes / f"body_reply_1_{new_hex()}.{new_hex()}"
+    body.write_text('{"result": 1, "correlation_id": "c"}')
+    for ahead, is_kept in ((30.0, True), (65.0, False)):
+        with serving(broker, ahead=ahead):
+            for _ in range(2):  # In the first round the body may have its turn after this.
+                see_a_sweep(broker)
+        assert body.exists() == is_kept
+
+
 # RPC
 
 
