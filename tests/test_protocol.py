@@ -1380,6 +1380,36 @@ def test_a_stranger_listens_and_broadcasts(served: Broker, stranger: Stranger) -
     assert stranger.next(pipe) == {"body": 1, "colour": "green"}
 
 
+@checks("B2")
+def test_who_came_before_a_broadcast_gets_it_though_the_coordinator_reads_both_at_once(broker: Broker) -> None:
+    broker.communicator().close()
+    with serving(broker, SLOW) as coordinator:
+        listener = mortal(broker)
+        coordinator.stop()
+        # So that the broadcasts are the first that it finds to read when it goes on.
+        listener.tell("coordinator_broadcast", {"body": "before"})
+        listener.come("broadcast", broadcast=True, listens_since=time.time())
+        listener.tell("coordinator_broadcast", {"body": "after"})
+        coordinator.go_on()
+        heard: list[Any] = []
+        while "after" not in heard:
+            message = listener.next(f"broadcast_{listener.worker_id}", 5.0)
+            assert message is not None
+            heard.append(message["body"])
+
+
+@checks("B2")
+def test_what_lies_in_the_intake_outlives_the_coordinator_where_a_listener_holds_it_open(broker: Broker) -> None:
+    broker.communicator().close()
+    with serving(broker, SLOW) as coordinator:
+        listener = broker.child(WORKER, "w1")
+        coordinator.stop()
+        mortal(broker).tell("coordinator_broadcast", {"body": "outlives it"})
+        coordinator.kill()
+    with serving(broker, SLOW):
+        assert listener.line() == "['outlives it', None, None, None]"
+
+
 @checks("B5")
 def test_for_a_listener_that_does_not_read_the_newest_wait(served: Broker, stranger: Stranger) -> None:
     stranger.come("broadcast", broadcast=True, listens_since=time.time())
@@ -1406,6 +1436,22 @@ def test_what_is_kept_is_sent_on_oldest_first_and_is_forgotten(broker: Broker) -
         stranger.put(broker.pipes / f"kept_{time.time_ns() + number * 10**9:020d}-{new_hex()}", f'{{"body":{number}}}')
     broker.start()
     assert [json.loads(child.line().replace("None", "null"))[0] for _ in range(3)] == [1, 2, 3]
+
+
+@checks("B3")
+def test_the_coordinator_is_told_of_what_is_kept(broker: Broker) -> None:
+    sender, stranger = broker.communicator(), mortal(broker)
+    stranger.read_from("coordinator_tasks")  # As a coordinator's that has just come.
+    sender.broadcast_send("kept")
+    assert stranger.next("coordinator_tasks") == {"type": "kept"}
+    (kept,) = broker.pipes.glob("kept_*")
+    stranger.go()
+    kept.unlink()
+    with serving(broker, SLOW):
+        child = broker.child(WORKER, "w1")
+        stranger.put(broker.pipes / f"kept_{time.time_ns():020d}-{new_hex()}", '{"body":"at once"}')
+        stranger.tell("coordinator_tasks", {"type": "kept"})
+        assert child.line() == "['at once', None, None, None]"
 
 
 @checks("B4")
