@@ -406,6 +406,7 @@ with communicator() as worker, communicator() as sender:
 )
 
 
+@pytest.mark.protocol("Q1")
 @pytest.mark.parametrize(
     ("name", "paths"),
     [("", ["coordinator", "", ".."]), ("new", ["coordinator/queues/new", "coordinator/queues", "coordinator", ""])],
