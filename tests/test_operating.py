@@ -49,9 +49,9 @@ with communicator(arguments[0]) as worker:
 
 
 @contextlib.contextmanager
-def serving(broker: Broker, speed: float = 20.0, before: str = "") -> Iterator[Child]:
+def serving(broker: Broker, speed: float = 20.0, before: str = "", ahead: float = DAY) -> Iterator[Child]:
     """Run a coordinator whose seconds are shorter than ours, and whose files are a day old."""
-    child = broker.spawn(before + CLOCKS + SERVE, speed, DAY)
+    child = broker.spawn(before + CLOCKS + SERVE, speed, ahead)
     try:
         eventually(lambda: _serves(broker, child), 10.0)
         yield child
@@ -406,6 +406,7 @@ with communicator() as worker, communicator() as sender:
 )
 
 
+@pytest.mark.protocol("Q1")
 @pytest.mark.parametrize(
     ("name", "paths"),
     [("", ["coordinator", "", ".."]), ("new", ["coordinator/queues/new", "coordinator/queues", "coordinator", ""])],

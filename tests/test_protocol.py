@@ -13,6 +13,7 @@ import json
 import os
 import re
 import select
+import signal
 import stat
 import sys
 import time
@@ -25,13 +26,17 @@ import kiwipy
 import pytest
 
 import directories
+import engine
 from harness import ECHO, HERE, HOLDER, RECORDER, TIMEOUT, WORKER, Broker, eventually, recorded
+from test_operating import OTHER_USER, root, serving
 
 sys.path.append(str(HERE / "tools"))
 import draw
 
 PROTOCOL = (HERE / "PROTOCOL.md").read_text()
 checks = pytest.mark.protocol
+SLOW = 0.001
+"""A coordinator with so slow a clock does nothing every ten seconds: what comes soon comes for another reason."""
 
 
 def new_hex() -> str:
@@ -191,6 +196,42 @@ def worker(stranger: Stranger) -> Stranger:
     return stranger
 
 
+def mortal(broker: Broker) -> Stranger:
+    """Return a stranger for a test that begins without a coordinator; when it ends, nothing of him is left."""
+    made = Stranger(broker.config_path)
+    for end in (made.close, made.go):  # The last one first.
+        broker.stack.callback(end)
+    return made
+
+
+def killed_before(pattern: str) -> str:
+    """Return a script's beginning: its process is killed when it is about to give something such a name."""
+    return f"""
+import os, re, signal, sys
+def hook(event, arguments):
+    if event == "os.rename" and re.search({pattern!r}, os.fspath(arguments[1])):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+"""
+
+
+def fill(fifo: Path) -> None:
+    """Write into a FIFO until it takes nothing more."""
+    descriptor = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    for size in (select.PIPE_BUF, 1):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(descriptor, bytes(size))
+    os.close(descriptor)
+
+
+def see_a_sweep(broker: Broker) -> None:
+    """Wait until the coordinator has looked for what nobody can use any more, which a route that leads nowhere is."""
+    route = broker.pipes / "route_nowhere"
+    os.symlink("nowhere", route)
+    eventually(lambda: not os.path.lexists(route))
+
+
 def done(broker: Broker, name: str) -> bool:
     return (broker.queue / "completed" / f"task_{name}.json").exists()
 
@@ -226,9 +267,9 @@ def test_everything_is_for_its_user_alone(served: Broker) -> None:
     served.communicator().task_send("waits", no_reply=True)
     assert stat.S_ISDIR(os.lstat(served.pipes).st_mode)
     assert os.readlink(served.pipes / ".config") == os.path.realpath(served.config_path)
-    for root in (served.pipes, served.config_path / "pipes", served.queue):
-        assert os.lstat(root).st_uid == os.geteuid() and os.lstat(root).st_mode & 0o77 == 0
-        for path in root.rglob("*"):
+    for place in (served.pipes, served.config_path / "pipes", served.queue):
+        assert os.lstat(place).st_uid == os.geteuid() and os.lstat(place).st_mode & 0o77 == 0
+        for path in place.rglob("*"):
             with contextlib.suppress(FileNotFoundError):
                 status = os.lstat(path)
                 assert stat.S_ISLNK(status.st_mode) or status.st_mode & 0o77 == 0, path
@@ -244,6 +285,35 @@ def test_pipes_that_others_may_enter_are_not_used(broker: Broker, mode: int) -> 
     broker.pipes.chmod(0o700)
 
 
+@checks("D2")
+@root
+@pytest.mark.parametrize("marked", [False, True])
+def test_pipes_that_another_user_has_made_are_not_used(broker: Broker, marked: bool) -> None:
+    broker.pipes.mkdir(mode=0o700)
+    if marked:
+        os.symlink(os.path.realpath(broker.config_path), broker.pipes / ".config")
+    os.chown(broker.pipes, OTHER_USER, OTHER_USER)
+    before = os.listdir(broker.pipes)
+    own = Path(f"{broker.pipes}_{digest(broker)}")
+    with broker.communicator("w1") as worker:
+        worker.add_task_subscriber(lambda _, body: body)
+        assert os.readlink(broker.config_path / "pipes" / "directory") == str(own)
+        assert (own / "task_w1").is_fifo() and os.listdir(broker.pipes) == before
+    directories.remove_pipes(own)
+
+
+@checks("D2")
+@root
+def test_pipes_that_have_come_to_another_user_are_not_used_any_more(broker: Broker) -> None:
+    broker.communicator().close()
+    os.chown(broker.pipes, OTHER_USER, OTHER_USER)
+    own = Path(f"{broker.pipes}_{digest(broker)}")
+    with broker.communicator():
+        assert os.readlink(broker.config_path / "pipes" / "directory") == str(own)
+        assert os.listdir(broker.pipes) == [".config"]
+    directories.remove_pipes(own)
+
+
 @checks("D6", "W4")
 def test_no_file_is_opened_through_a_symlink(served: Broker, stranger: Stranger, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text('{"body":"elsewhere"}')
@@ -257,13 +327,35 @@ def test_no_file_is_opened_through_a_symlink(served: Broker, stranger: Stranger,
 @checks("D4")
 def test_a_draft_whose_writer_died_is_removed_after_an_hour(broker: Broker) -> None:
     broker.communicator().close()
-    old, young = (broker.queue / f".{time.time_ns():020d}-0badcaf{digit}" for digit in "ef")
-    for draft in (old, young):
-        draft.touch()
-    os.utime(old, (0, time.time() - 3700))
-    broker.start()
-    eventually(lambda: not old.exists())
-    assert young.exists()
+
+    def drafts(age: float) -> list[Path]:
+        made = [
+            broker.queue / f".{time.time_ns():020d}-{new_hex()[:8]}",
+            broker.queue / "claimed" / f".w1.{new_hex()}",
+            broker.pipes / f".task_w1.{new_hex()}",
+            broker.config_path / "pipes" / f".worker_w1.json.{new_hex()}",
+        ]
+        for path in made:
+            path.touch()
+            os.utime(path, (0, time.time() - age))
+        return made
+
+    young = drafts(1800)
+    nobodys = broker.queue / ".notes"
+    nobodys.touch()
+    os.utime(nobodys, (0, 0))
+    with serving(broker, ahead=0.0):
+        for _ in range(2):  # In the first round the young ones may have their turn after these.
+            old = drafts(7200)
+            eventually(lambda: not any(path.exists() for path in old))
+    assert all(path.exists() for path in (*young, nobodys))
+    for path in young:
+        path.unlink()
+
+
+def digest(broker: Broker) -> str:
+    """Return what the sentence D3 puts behind a name that is taken."""
+    return hashlib.sha256(f"{os.getuid()}:{os.path.realpath(broker.config_path)}".encode()).hexdigest()[:16]
 
 
 @checks("D3")
@@ -272,8 +364,7 @@ def test_who_finds_the_name_taken_takes_the_one_with_the_digest(broker: Broker, 
     (tmp_path / "another").mkdir()  # Or whoever starts meanwhile takes the directory for forgotten.
     os.symlink(tmp_path / "another", broker.pipes / ".config")
     broker.communicator().close()
-    said = f"{os.getuid()}:{os.path.realpath(broker.config_path)}".encode()
-    own = Path(f"{broker.pipes}_{hashlib.sha256(said).hexdigest()[:16]}")
+    own = Path(f"{broker.pipes}_{digest(broker)}")
     assert os.readlink(broker.config_path / "pipes" / "directory") == str(own)
     assert os.readlink(own / ".config") == os.path.realpath(broker.config_path)
     directories.remove_pipes(own)
@@ -447,6 +538,34 @@ def test_a_fifo_has_its_name_only_while_somebody_reads_it(served: Broker) -> Non
         assert caught.value.errno in (errno.ENXIO, errno.ENOENT)
 
 
+@checks("P3")
+def test_a_fifo_gets_its_name_only_once_it_is_read(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkfifo, rename, made, is_read = os.mkfifo, os.rename, [], {}
+
+    def makes(path: Any, *rest: Any) -> None:
+        made.append(os.path.basename(path))
+        mkfifo(path, *rest)
+
+    def renames(source: Any, target: Any) -> None:
+        if stat.S_ISFIFO(os.lstat(source).st_mode):
+            try:
+                os.close(os.open(source, os.O_WRONLY | os.O_NONBLOCK))
+                is_read[os.path.basename(target)] = True
+            except OSError:
+                is_read[os.path.basename(target)] = False
+        rename(source, target)
+
+    monkeypatch.setattr(os, "mkfifo", makes)
+    monkeypatch.setattr(os, "rename", renames)
+    worker = broker.communicator("w1")
+    worker.add_task_subscriber(lambda *_: None)
+    worker.add_rpc_subscriber(lambda *_: None)
+    worker.add_broadcast_subscriber(lambda *_: None)
+    assert all(is_read.values()) and all(name.startswith(".") for name in made), (is_read, made)
+    named = {path.name for path in broker.pipes.iterdir() if stat.S_ISFIFO(os.lstat(path).st_mode)}
+    assert named == is_read.keys() and {"task_w1", "rpc_w1", "broadcast_w1"} < named
+
+
 @checks("P5")
 def test_what_is_no_fifo_is_not_written_to(served: Broker) -> None:
     stranger = Stranger(served.config_path)
@@ -457,6 +576,17 @@ def test_what_is_no_fifo_is_not_written_to(served: Broker) -> None:
     assert served.communicator().rpc_send("w1", 2).result(TIMEOUT) == 2
     assert (served.pipes / stranger.reply).read_text() == ""
     (served.pipes / stranger.reply).unlink()
+
+
+@checks("P5")
+@root
+def test_a_fifo_of_another_user_is_not_written_to(served: Broker, stranger: Stranger) -> None:
+    served.child(ECHO, "w1")
+    stranger.read_from(stranger.reply)
+    os.chown(served.pipes / stranger.reply, OTHER_USER, OTHER_USER)
+    stranger.tell("rpc_w1", {"to": "w1", "body": 1, "reply_to": stranger.reply, "correlation_id": "1"})
+    assert served.communicator().rpc_send("w1", 2).result(TIMEOUT) == 2
+    assert stranger.next(stranger.reply, 0) is None
 
 
 @checks("P6")
@@ -511,6 +641,22 @@ def test_an_outcome_that_was_left_on_the_disk_is_found(served: Broker, worker: S
     assert future.result(TIMEOUT) == "found"
 
 
+@checks("M4")
+def test_whoever_gives_up_a_large_message_removes_its_body(served: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_FLUSH_SECONDS", 0.1)  # For so long it tries when it closes.
+    server = served.child(ECHO, "w1")
+    server.stop()
+    fill(served.pipes / "rpc_w1")
+    caller = served.communicator()
+    future = caller.rpc_send("w1", "x" * 100_000)
+    assert len(list(served.pipes.glob("body_rpc_w1.*"))) == 1
+    caller.close()
+    assert not list(served.pipes.glob("body_rpc_w1.*"))
+    with pytest.raises(kiwipy.CommunicatorClosed):
+        future.result(TIMEOUT)
+    server.go_on()
+
+
 # Tasks: sending
 
 
@@ -543,6 +689,23 @@ def test_a_task_that_was_removed_in_time_is_not_done(served: Broker, stranger: S
     stranger.tell("coordinator_tasks", {"type": "task", "queue": "", "name": other})
     eventually(lambda: done(served, other))
     assert recorded(tmp_path / "record") == ["other"]
+
+
+@checks("T4")
+def test_a_task_whose_fsync_failed_is_removed(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    there: list[str] = []
+
+    def fails(_: int) -> None:
+        there.extend(name for name in os.listdir(broker.queue) if name.startswith("task_"))
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    sender = broker.communicator()
+    before = sorted(os.listdir(broker.queue))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            sender.task_send("not accepted")
+    assert len(there) == 1 and sorted(os.listdir(broker.queue)) == before
 
 
 # Tasks: working
@@ -694,6 +857,47 @@ def test_a_death_is_counted_in_the_name_and_the_twentieth_is_the_last(served: Br
     assert left == []
 
 
+@checks("W7")
+def test_the_sender_is_told_of_the_last_death_before_the_task_goes_to_failed(broker: Broker) -> None:
+    broker.communicator().close()
+    sender, worker = mortal(broker), mortal(broker)
+    sender.read_from(sender.reply)
+    task = {"body": 1, "reply_to": sender.reply, "correlation_id": "c"}
+    with serving(broker, before=killed_before("/failed/task_[^/]*[.]json$")) as coordinator:
+        worker.come()
+        worker.put(broker.queue / "task_c.19.json", json.dumps(task))
+        assert worker.claim("c.19") is not None
+        worker.close()
+        assert coordinator.process.wait(TIMEOUT) == -signal.SIGKILL
+    told = sender.next(sender.reply, 0)
+    assert told is not None and told["correlation_id"] == "c" and "20 workers" in told["exception"]
+    assert list(broker.queue.rglob("task_*.json")) == [worker.ours / "task_c.19.json"]
+    # Who has buried it was killed in the middle, so the next one begins anew.
+    broker.start()
+    eventually(lambda: (broker.queue / "failed" / "task_c.19.json").exists())
+    assert sender.next(sender.reply) == told
+
+
+RAISES = """
+def raises(*_):
+    raise ValueError("too difficult")
+worker = communicator("w1")
+worker.add_task_subscriber(raises)
+print("ready"); sys.stdin.read()
+"""
+
+
+@checks("W5", "W8", "A2")
+def test_the_outcome_and_its_reason_come_before_the_task_is_completed(served: Broker) -> None:
+    child = served.child(killed_before("/completed/task_[^/]*[.]json$") + RAISES)
+    future = served.communicator().task_send("raises")
+    assert child.process.wait(TIMEOUT) == -signal.SIGKILL
+    with pytest.raises(kiwipy.RemoteException, match="too difficult"):
+        future.result(TIMEOUT)
+    (reason,) = (served.queue / "completed").iterdir()
+    assert re.fullmatch(r"task_[^.]*\.reason", reason.name) and "too difficult" in reason.read_text()
+
+
 @checks("W8")
 def test_what_a_subscriber_of_pythons_raised_is_beside_its_task_too(served: Broker) -> None:
     def raises(*_: Any) -> None:
@@ -732,6 +936,106 @@ def test_a_lock_that_is_held_is_a_life(served: Broker, worker: Stranger) -> None
         worker.lock()
     worker.close()
     served.communicator(worker.worker_id).close()
+
+
+@checks("L2")
+def test_the_lock_has_its_name_only_once_it_is_held(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    link, is_held = os.link, []
+
+    def links(source: Any, target: Any, **options: Any) -> None:
+        if os.path.basename(target) == "lock":
+            descriptor = os.open(source, os.O_RDWR)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_held.append(False)
+            except BlockingIOError:
+                is_held.append(True)
+            os.close(descriptor)
+        link(source, target, **options)
+
+    monkeypatch.setattr(os, "link", links)
+    monkeypatch.setattr(engine, "LOOK_SECONDS", 0.2)
+    broker.communicator("w1")
+    lock = broker.queue / "claimed" / "w1" / "lock"
+    assert lock.is_file() and is_held == [True]
+    lock.unlink()
+    eventually(lock.is_file)  # It is made again.
+    assert is_held == [True, True]
+    assert [path.name for path in (broker.queue / "claimed").iterdir()] == ["w1"]
+
+
+@checks("L3", "L5")
+def test_who_takes_an_id_that_was_used_buries_what_is_left(broker: Broker) -> None:
+    broker.communicator().close()
+    dead = mortal(broker)
+    dead.lock()
+    dead.read_from(dead.reply)
+    dead.read_from(f"rpc_{dead.worker_id}")
+    entry = {"worker_id": dead.worker_id, "pid": 1, "since": 1.0, "reply": dead.reply, "rpc": True}
+    dead.put(dead.registry / f"worker_{dead.worker_id}.json", json.dumps(entry))
+    os.symlink(f"rpc_{dead.worker_id}", dead.pipes / "route_r")
+    name = dead.task(body=1)
+    assert dead.claim(name) is not None
+    dead.close()
+    broker.communicator(dead.worker_id)
+    assert (broker.queue / f"task_{name}.1.json").exists() and os.listdir(dead.ours) == ["lock"]
+    left = {".config", *(path.name for path in broker.pipes.glob("reply_*"))}
+    assert set(os.listdir(broker.pipes)) == left and dead.reply not in left
+    assert json.loads((dead.registry / f"worker_{dead.worker_id}.json").read_text())["reply"] in left
+
+
+@checks("L5")
+def test_whoever_has_locked_what_has_lost_its_name_buries_nobody(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker.communicator().close()
+    dead, heir = mortal(broker), mortal(broker)
+    heir.worker_id = dead.worker_id
+    dead.lock()
+    dead.close()
+    name = heir.task(body=1)
+    flock = fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        # The lock is open, and not yet locked: meanwhile somebody else buries the dead one, and its heir comes.
+        (dead.ours / "lock").unlink()
+        heir.lock()
+        heir.read_from(heir.reply)
+        heir.read_from(f"task_{heir.worker_id}")
+        entry = {"worker_id": heir.worker_id, "pid": 1, "since": 1.0, "reply": heir.reply, "queues": {"": 0}}
+        heir.put(heir.registry / f"worker_{heir.worker_id}.json", json.dumps(entry))
+        assert heir.claim(name) is not None
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(kiwipy.DuplicateSubscriberIdentifier):
+        broker.communicator(dead.worker_id)
+    assert (heir.pipes / f"task_{heir.worker_id}").is_fifo()
+    assert (heir.registry / f"worker_{heir.worker_id}.json").exists()
+    heir.complete(name)
+
+
+@checks("L5")
+def test_one_whose_lock_has_no_name_is_buried_in_the_third_round(broker: Broker) -> None:
+    broker.communicator().close()
+    with serving(broker, 10.0):
+        dead, alive = mortal(broker), mortal(broker)
+        for one in (dead, alive):
+            one.come("task", queues={"": 0})
+            assert one.claim(one.task(body=1)) is not None
+        see_a_sweep(broker)  # The next round is a second away, and each buries before it sweeps.
+        for one in (dead, alive):
+            (one.ours / "lock").unlink()
+        dead.close()
+        for _ in range(2):
+            see_a_sweep(broker)
+            assert list(dead.ours.glob("task_*"))
+        see_a_sweep(broker)
+        assert not dead.ours.exists() and len(list(broker.queue.glob("task_*.1.json"))) == 1
+        # So is nobody whose pipes are read.
+        (path,) = alive.ours.glob("task_*")
+        path.unlink()
 
 
 @checks("L3", "L4")
@@ -776,6 +1080,55 @@ def test_a_worker_makes_again_what_is_gone(served: Broker) -> None:
     eventually(lambda: all(map(os.path.lexists, there)))
 
 
+@checks("L7")
+def test_a_pipe_that_is_made_again_is_registered_and_the_old_one_is_read_on(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "LOOK_SECONDS", 0.2)
+    server = broker.communicator("w1")
+    server.add_rpc_subscriber(lambda _, body: body, "r")
+    stranger = mortal(broker)
+    stranger.read_from(stranger.reply)
+    stranger.read_from("coordinator_tasks")  # There is no coordinator, so this is where it is told.
+    old = os.open(broker.pipes / "rpc_w1", os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        (broker.pipes / "rpc_w1").unlink()
+        assert stranger.next("coordinator_tasks") == {"type": "register", "worker": "w1"}
+        assert not os.path.samestat(os.fstat(old), os.stat(broker.pipes / "rpc_w1"))
+        call = {"to": "r", "body": 1, "reply_to": stranger.reply, "correlation_id": "by the new one"}
+        stranger.tell("rpc_w1", call)
+        assert stranger.next(stranger.reply) == {"result": 1, "correlation_id": "by the new one"}
+        text = json.dumps({**call, "correlation_id": "by the old one"}).encode()
+        os.write(old, len(text).to_bytes(4, "big") + text)
+        assert stranger.next(stranger.reply) == {"result": 1, "correlation_id": "by the old one"}
+    finally:
+        os.close(old)
+
+
+@checks("L7")
+def test_whoever_finds_anothers_lock_under_its_id_has_lost_it_and_what_it_claimed(
+    served: Broker, stranger: Stranger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "LOOK_SECONDS", 0.2)
+    held = kiwipy.Future()
+    loser, sender = served.communicator("w1"), served.communicator()
+    loser.add_task_subscriber(lambda *_: held)
+    pending = sender.task_send("held").result(TIMEOUT)
+    stranger.worker_id = "w1"
+    (path,) = stranger.ours.glob("task_*.json")
+    draft = stranger.queue / "claimed" / f".w1.{new_hex()}"
+    fcntl.flock(stranger._open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.rename(draft, stranger.ours / "lock")
+    # It begins a new life, under an id that nobody has used.
+    eventually(lambda: len(list(stranger.registry.glob("worker_*.json"))) == 2)
+    held.set_result("too late")
+    assert sender.task_send("more").result(TIMEOUT).result(TIMEOUT) == "too late"
+    task = json.loads(path.read_text())
+    stranger.answer(task, result="by who has the id")
+    stranger.complete(path.name[5:-5])
+    assert pending.result(TIMEOUT) == "by who has the id"
+
+
 # Rings and reports
 
 
@@ -811,6 +1164,65 @@ def test_what_is_not_claimed_is_offered_to_others(served: Broker, worker: Strang
     assert worker.next(f"task_{worker.worker_id}") is not None
     served.child(ECHO, "w1")
     assert future.result(TIMEOUT) == "waits for nobody"
+
+
+@checks("R2")
+def test_a_silent_worker_is_rung_for_no_more_until_it_is_heard_from(broker: Broker) -> None:
+    broker.communicator().close()
+    # Its first look comes as late as it can, and not while this runs.
+    with serving(broker, 1.0, "import random\nrandom.random = lambda: 1.0\n"):
+        silent, other = mortal(broker), mortal(broker)
+
+        def sent() -> str:
+            name = silent.task(body=1)
+            silent.tell("coordinator_tasks", {"type": "task", "queue": "", "name": name})
+            return name
+
+        def rung(worker: Stranger, seconds: float = 2.0) -> list[str] | None:
+            ring = worker.next(f"task_{worker.worker_id}", seconds)
+            return list(ring["names"]) if ring is not None else None
+
+        silent.come("task", queues={"": 0})
+        begin = time.monotonic()
+        first = sent()
+        assert rung(silent) == [first]
+        other.come("task", queues={"": 0})
+        assert rung(other) == [first]
+        assert time.monotonic() - begin > 0.05
+        for name in (first, sent(), sent(), sent()):
+            assert name == first or rung(other) == [name]
+            assert other.claim(name) is not None
+            other.report(claimed=[name])
+        assert rung(silent, 0.2) is None
+        silent.report(lost=[first])
+        last = sent()
+        assert rung(silent) == [last]
+        for path in other.ours.glob("task_*"):
+            path.unlink()
+
+
+@checks("R3")
+def test_a_report_need_not_say_whose_lifes_it_is(broker: Broker) -> None:
+    broker.communicator().close()
+    with serving(broker, SLOW):
+        worker = mortal(broker)
+        worker.come("task", queues={"": 1})
+        pipe, names = f"task_{worker.worker_id}", []
+        for _ in range(2):
+            names.append(worker.task(body=1))
+            worker.tell("coordinator_tasks", {"type": "task", "queue": "", "name": names[-1]})
+        report = {"type": "report", "worker": worker.worker_id, "queue": ""}
+        ring = worker.next(pipe)
+        assert ring is not None and ring["names"] == names[:1]
+        assert worker.claim(names[0]) is not None
+        worker.tell("coordinator_tasks", {**report, "claimed": names[:1]})
+        worker.complete(names[0])
+        # It holds one at once, and a report of another life says nothing of this one.
+        worker.tell("coordinator_tasks", {**report, "reply": f"reply_1_{new_hex()}", "done": names[:1]})
+        assert worker.next(pipe, 0.3) is None
+        worker.tell("coordinator_tasks", {**report, "done": names[:1]})
+        ring = worker.next(pipe, 3.0)
+        assert ring is not None and ring["names"] == names[1:]
 
 
 @checks("R3")
@@ -859,6 +1271,32 @@ def test_each_kind_of_answer_does_what_the_table_says(served: Broker, worker: St
     with pytest.raises(kiwipy.CancelledError):
         sent(cancelled="no more").result(TIMEOUT)
     assert sent(pending=1).result(TIMEOUT).result(TIMEOUT) == "in the end"
+
+
+@checks("A2", "A3")
+def test_an_outcome_that_the_pipe_has_no_room_for_is_on_the_disk_before_its_task_is_completed(
+    served: Broker, stranger: Stranger
+) -> None:
+    stranger.read_from(stranger.reply)
+    fill(served.pipes / stranger.reply)
+    child = served.child(killed_before("/completed/task_[^/]*[.]json$") + ECHO, "w1")
+    name = stranger.task(body=1, reply_to=stranger.reply, correlation_id="c")
+    stranger.tell("coordinator_tasks", {"type": "task", "queue": "", "name": name})
+    assert child.process.wait(TIMEOUT) == -signal.SIGKILL
+    (body,) = served.pipes.glob(f"body_{stranger.reply}.*")
+    assert json.loads(body.read_text()) == {"result": 1, "correlation_id": "c"}
+
+
+@checks("A3")
+def test_an_outcome_whose_pipe_has_no_name_is_kept_for_a_minute(broker: Broker) -> None:
+    broker.communicator().close()
+    body = broker.pipes / f"body_reply_1_{new_hex()}.{new_hex()}"
+    body.write_text('{"result": 1, "correlation_id": "c"}')
+    for ahead, is_kept in ((30.0, True), (65.0, False)):
+        with serving(broker, ahead=ahead):
+            for _ in range(2):  # In the first round the body may have its turn after this.
+                see_a_sweep(broker)
+        assert body.exists() == is_kept
 
 
 # RPC
@@ -943,6 +1381,36 @@ def test_a_stranger_listens_and_broadcasts(served: Broker, stranger: Stranger) -
     assert stranger.next(pipe) == {"body": 1, "colour": "green"}
 
 
+@checks("B2")
+def test_who_came_before_a_broadcast_gets_it_though_the_coordinator_reads_both_at_once(broker: Broker) -> None:
+    broker.communicator().close()
+    with serving(broker, SLOW) as coordinator:
+        listener = mortal(broker)
+        coordinator.stop()
+        # So that the broadcasts are the first that it finds to read when it goes on.
+        listener.tell("coordinator_broadcast", {"body": "before"})
+        listener.come("broadcast", broadcast=True, listens_since=time.time())
+        listener.tell("coordinator_broadcast", {"body": "after"})
+        coordinator.go_on()
+        heard: list[Any] = []
+        while "after" not in heard:
+            message = listener.next(f"broadcast_{listener.worker_id}", 5.0)
+            assert message is not None
+            heard.append(message["body"])
+
+
+@checks("B2")
+def test_what_lies_in_the_intake_outlives_the_coordinator_where_a_listener_holds_it_open(broker: Broker) -> None:
+    broker.communicator().close()
+    with serving(broker, SLOW) as coordinator:
+        listener = broker.child(WORKER, "w1")
+        coordinator.stop()
+        mortal(broker).tell("coordinator_broadcast", {"body": "outlives it"})
+        coordinator.kill()
+    with serving(broker, SLOW):
+        assert listener.line() == "['outlives it', None, None, None]"
+
+
 @checks("B5")
 def test_for_a_listener_that_does_not_read_the_newest_wait(served: Broker, stranger: Stranger) -> None:
     stranger.come("broadcast", broadcast=True, listens_since=time.time())
@@ -969,6 +1437,22 @@ def test_what_is_kept_is_sent_on_oldest_first_and_is_forgotten(broker: Broker) -
         stranger.put(broker.pipes / f"kept_{time.time_ns() + number * 10**9:020d}-{new_hex()}", f'{{"body":{number}}}')
     broker.start()
     assert [json.loads(child.line().replace("None", "null"))[0] for _ in range(3)] == [1, 2, 3]
+
+
+@checks("B3")
+def test_the_coordinator_is_told_of_what_is_kept(broker: Broker) -> None:
+    sender, stranger = broker.communicator(), mortal(broker)
+    stranger.read_from("coordinator_tasks")  # As a coordinator's that has just come.
+    sender.broadcast_send("kept")
+    assert stranger.next("coordinator_tasks") == {"type": "kept"}
+    (kept,) = broker.pipes.glob("kept_*")
+    stranger.go()
+    kept.unlink()
+    with serving(broker, SLOW):
+        child = broker.child(WORKER, "w1")
+        stranger.put(broker.pipes / f"kept_{time.time_ns():020d}-{new_hex()}", '{"body":"at once"}')
+        stranger.tell("coordinator_tasks", {"type": "kept"})
+        assert child.line() == "['at once', None, None, None]"
 
 
 @checks("B4")
