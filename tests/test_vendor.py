@@ -6,6 +6,7 @@ import base64
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from harness import HERE
-from vendor import MARK, MODULES, TAG
+from vendor import DAEMON, MARK, MODULES, PRESTO, PROFILE, SETUP, TAG
 
 
 def checksums(directory: Path) -> dict[str, str]:
@@ -196,3 +197,12 @@ def test_vendor_refuses_where_the_plugin_is(tree: tuple[Path, Path]) -> None:
     before = checksums(root)
     assert vendor(path) == 2 and checksums(root) == before
     assert vendor(path, "--remove") == 0
+
+
+def test_upstream_says_how_many_lines_change() -> None:
+    said = re.findall(
+        r"^\| `cmdline/\S*?(cmd_\w+|setup)\.py` \| (\d+) \|", (HERE / "UPSTREAM.md").read_text(), re.MULTILINE
+    )
+    blocks = {"cmd_profile": PROFILE, "cmd_presto": PRESTO, "cmd_daemon": DAEMON, "setup": SETUP}
+    lines = {name: sum(len(block.text.splitlines()) for block in each) for name, each in blocks.items()}
+    assert {name: int(count) for name, count in said} == lines
