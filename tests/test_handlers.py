@@ -495,6 +495,10 @@ for number in range(30):
     for thread in threads:
         thread.join()
 server.close()
+# It does not wait for a subscriber that is just answering, and whose draft would be left where this process ends.
+for thread in threading.enumerate():
+    if thread is not threading.main_thread():
+        thread.join(10)
 print(sorted(set(wrong)))
 """
 
