@@ -6,6 +6,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -140,6 +141,23 @@ def test_which_profile_is_meant_is_for_verdi_to_say(aiida: Aiida) -> None:
     assert "Sent" in aiida.verdi("coordinator", "send", "--", "-1.5e3")
     assert aiida.tasks()
     assert "Removed" in aiida.verdi("coordinator", "purge", "--state", "waiting")
+
+
+def test_tasks_are_known_by_their_processes(aiida: Aiida) -> None:
+    first, second = aiida.submit(2)
+    said = aiida.coordinator("tasks", "--aiida")
+    assert re.search(rf" {first} +ArithmeticAddCalculation +created", said)
+    rows = json.loads(aiida.coordinator("tasks", "--aiida", "--json"))["tasks"]
+    assert rows[1]["process"] == {"pk": second, "label": "ArithmeticAddCalculation", "state": "created"}
+    assert f"pk {second} (ArithmeticAddCalculation), created" in aiida.coordinator("show", str(second))
+    assert ("process" in json.loads(aiida.coordinator("tasks", "--json"))["tasks"][0]) == aiida.vendored
+    # Given up on, as by its twentieth death.
+    (queue := aiida.config_path / "coordinator" / "failed").mkdir(exist_ok=True)
+    task = aiida.tasks()[0]
+    task.rename(queue / task.name)
+    assert "Requeued" in aiida.coordinator("requeue", str(first))
+    aiida.start_daemon(1)
+    aiida.wait([first, second], 60)
 
 
 def test_completion_knows_each_command_and_option(aiida: Aiida) -> None:
