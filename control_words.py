@@ -59,8 +59,9 @@ def status(answer: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of ``status``."""
     if answer["running"]:
         version, pid = answer["coordinator_version"] or "unknown", answer["pid"] or "?"
-        ends = f", ends when nobody has been here for {answer['idle']} s" if answer["idle"] is not None else ""
-        yield f"Coordinator: running, pid {pid}, since {local_time(answer['since'])}, version {version}{ends}"
+        yield f"Coordinator: running, pid {pid}, since {local_time(answer['since'])}, version {version}"
+        if isinstance(answer["idle"], int | float):
+            yield f"             It ends when nobody has been here for {answer['idle']:g} s"
     else:
         yield "Coordinator: not running"
     if answer["paused"]:
