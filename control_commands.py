@@ -147,8 +147,8 @@ def logs(options: argparse.Namespace) -> Answer:
 
 def tasks(options: argparse.Namespace) -> Answer:
     """List the tasks, oldest first."""
-    problems: list[OSError] = []
-    only = {"errors": options.errors, "limit": options.limit, "warn": problems.append}
+    problems: list[Exception] = []
+    only = {"errors": options.errors, "limit": options.limit, "processes": options.aiida, "warn": problems.append}
     rows = control_tasks.tasks(options.directory, options.state, options.queue, **only)
     yield words.tasks(rows), {"tasks": rows}
     for problem in problems:

@@ -61,6 +61,7 @@ def _options(arguments: list[str] | None, prog: str, where: Where | None) -> arg
     parser, _ = parsers(prog, with_profile=where is None)
     profile, config_path = where or (None, None)
     blank = argparse.Namespace(profile=profile, config_path=config_path, json=False, idle=None, prog=prog)
+    blank.aiida = where is not None
     # What argparse does where its help or its complaint cannot be printed depends on the Python.
     printed, complaint = io.StringIO(), io.StringIO()
     try:
@@ -227,12 +228,15 @@ def _add_tasks(add: Add) -> None:
     command.add_argument("--queue", metavar="NAME", help="only those of a queue, as its user calls it")
     command.add_argument("--errors", action="store_true", help="only those that raised or were given up on")
     command.add_argument("--limit", type=_number, metavar="N", help="the oldest so many")
+    processes = "with the pk, label and state of AiiDA's processes"
+    command.add_argument("--aiida", action="store_true", default=argparse.SUPPRESS, help=processes)
     command = add(commands.show)
-    command.add_argument("task_id", metavar="ID", help="as 'tasks' prints it, or the beginning or end of it")
+    which = "as 'tasks' prints it, or the beginning or end of it, or the pk of its process"
+    command.add_argument("task_id", metavar="ID", help=which)
     command.add_argument("--full", action="store_true", help="the whole body, and not just a screenful")
     for several in (commands.requeue, commands.remove):
         command = add(several)
-        command.add_argument("task_ids", nargs="+", metavar="ID", help="the id, or the beginning or end of it")
+        command.add_argument("task_ids", nargs="+", metavar="ID", help=which)
     command = add(commands.purge)
     states = [state for state in control.STATES if state != "claimed"]
     command.add_argument("--state", choices=states, required=True, help="which")

@@ -4,7 +4,7 @@ Strategy: a task is a file whose directory is its state, so to list is to list d
 one rename, which a worker that claims the task at the same moment either wins or loses.
 
 Rules:
-- No body is read but of the task that is shown or removed.
+- No body is read but of the task that is shown or removed, or where AiiDA's processes are asked for.
 - What a live worker holds is that worker's: it is not touched. What a dead one holds is given back first.
 - Whoever sent a task that is removed before it is done is told so. No moment of that is one in which a kill loses it.
 - What cannot be read, or done, hides and hinders nothing else.
@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING or not __package__:
     import burial
     import control
+    import control_aiida
     import directories
     import files
     import presence
     import taskqueue
 else:
-    from . import burial, control, directories, files, presence, taskqueue
+    from . import burial, control, control_aiida, directories, files, presence, taskqueue
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,11 @@ class NoSuchTask(presence.CoordinatorError):
     """There is no task of that id, or nothing can be done to it; the message says which, and what to do."""
 
 
-Warn: TypeAlias = Callable[[OSError], object]
+Warn: TypeAlias = Callable[[Exception], object]
 """Told of what cannot be read, which hides nothing else."""
-Done: TypeAlias = tuple[str, "NoSuchTask | OSError | None"]
+Done: TypeAlias = tuple[str, "Exception | None"]
 """A task's id, and what kept it from being done."""
+_LONGEST_PK = 12
 _EVERYWHERE = (*control.STATES, "waiting")
 """What waits is looked at once more at the end, for what was given back when its place had been looked at."""
 
@@ -96,6 +98,7 @@ def tasks(
     *,
     errors: bool = False,
     limit: int | None = None,
+    processes: bool = False,
     warn: Warn = lambda error: None,
 ) -> list[dict[str, Any]]:
     """List the tasks, oldest first; the answer is what ``tasks --json`` prints.
@@ -106,6 +109,7 @@ def tasks(
     :param queue: the name of a queue, as its user wrote it (default: all; 'default' is the default one).
     :param errors: only those whose subscriber raised, or that were given up on.
     :param limit: the oldest so many.
+    :param processes: look up the process that each is for, in AiiDA.
     :param warn: told of what cannot be read, which hides nothing else.
     :raises presence.CoordinatorError: no broker has run there, or there is no such queue.
     """
@@ -115,7 +119,24 @@ def tasks(
     chosen = [each for each in found.values() if not errors or _has_reason(each)]
     oldest = heapq.nsmallest(len(chosen) if limit is None else limit, chosen, key=lambda each: each.name)
     names = {key: control.queue_name(layout, key) for key in {each.key for each in oldest}}
-    return [_row(each, names[each.key]) for each in oldest]
+    rows = [_row(each, names[each.key]) for each in oldest]
+    if processes:
+        pks = [_pk(each) for each in oldest]
+        known: dict[int, dict[str, Any]] = {}
+        try:
+            known = control_aiida.describe(Path(config_path), filter(None, pks))
+        except presence.CoordinatorError as error:
+            warn(error)
+        for row, pk in zip(rows, pks, strict=True):
+            row["process"] = None if pk is None else known.get(pk, {"pk": pk, "label": None, "state": None})
+    return rows
+
+
+def _pk(found: Found) -> int | None:
+    """Return which process a task is for, as far as it can be read."""
+    with contextlib.suppress(OSError, taskqueue.Unreadable):
+        return control_aiida.pk(taskqueue.Task.read(found.path, found.name).message.get("body"))
+    return None
 
 
 def _expect_queue(layout: directories.Layout, queue: str | None) -> None:
@@ -155,7 +176,7 @@ def _outcome(found: Found) -> str | None:
 
 
 def _find(layout: directories.Layout, task_id: str) -> Found:
-    """Find a task by its id or, where that is unique, the beginning or end of it.
+    """Find a task by its id or, where that is unique, the beginning or end of it, or by the pk of its process.
 
     :raises NoSuchTask: there is none, or more than one.
     """
@@ -172,7 +193,13 @@ def _find_each(layout: directories.Layout, task_ids: Iterable[str]) -> dict[str,
     there = {(each.key, each.task_id): each for each in _all(layout, _EVERYWHERE)}
     for each in there.values():
         found |= {task_id: each for task_id in {each.name, each.task_id} & wanted}
+    # Bodies are read for a number alone. Of a process that has had several tasks it is the newest.
+    numbers = any(_may_be_pk(task_id) for task_id in wanted - found.keys())
+    by_pk = {str(_pk(each)): each for each in sorted(there.values(), key=lambda each: each.name)} if numbers else {}
     for task_id in wanted - found.keys():
+        if _may_be_pk(task_id) and task_id in by_pk:
+            found[task_id] = by_pk[task_id]
+            continue
         matching = [
             each for each in there.values() if each.task_id.startswith(task_id) or each.task_id.endswith(task_id)
         ]
@@ -180,6 +207,10 @@ def _find_each(layout: directories.Layout, task_ids: Iterable[str]) -> dict[str,
         problem = NoSuchTask(f"{told} {task_id}; 'tasks' lists them")
         found[task_id] = matching[0] if len(matching) == 1 and task_id else problem
     return found
+
+
+def _may_be_pk(text: str) -> bool:
+    return text.isdecimal() and len(text) <= _LONGEST_PK
 
 
 def show(config_path: str | os.PathLike[str], task_id: str) -> dict[str, Any]:
@@ -207,6 +238,11 @@ def show(config_path: str | os.PathLike[str], task_id: str) -> dict[str, Any]:
     answer["sender_lives"] = directories.is_reply_pipe(reply_to) and _is_read(layout.pipes / str(reply_to))
     answer["worker_pid"] = _pid(layout, found.worker) if found.worker else None
     answer["reason"] = found.queue.reason(found.name, found.place) or None
+    pk = control_aiida.pk(message.get("body"))
+    answer["process"] = None if pk is None else {"pk": pk, "label": None, "state": None}
+    if pk is not None:
+        with contextlib.suppress(presence.CoordinatorError, OSError, ValueError):  # The rest is said all the same.
+            answer["process"] = control_aiida.describe(Path(config_path), [pk]).get(pk, answer["process"])
     return answer
 
 
@@ -269,7 +305,7 @@ def purge(config_path: str | os.PathLike[str], state: str, queue: str | None = N
     """
     layout = control.own(config_path)
     _expect_queue(layout, queue)
-    problems: list[OSError] = []
+    problems: list[Exception] = []
     for found in list(_all(layout, (state,), queue, problems.append)):
         # One that has moved on meanwhile is none of these any more.
         with contextlib.suppress(NoSuchTask):

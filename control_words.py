@@ -59,8 +59,9 @@ def status(answer: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of ``status``."""
     if answer["running"]:
         version, pid = answer["coordinator_version"] or "unknown", answer["pid"] or "?"
-        ends = f", ends when nobody has been here for {answer['idle']} s" if answer["idle"] is not None else ""
-        yield f"Coordinator: running, pid {pid}, since {local_time(answer['since'])}, version {version}{ends}"
+        yield f"Coordinator: running, pid {pid}, since {local_time(answer['since'])}, version {version}"
+        if isinstance(answer["idle"], int | float):
+            yield f"             It ends when nobody has been here for {answer['idle']:g} s"
     else:
         yield "Coordinator: not running"
     if answer["paused"]:
@@ -179,7 +180,14 @@ def tasks(rows: list[dict[str, Any]]) -> Iterator[str]:
         {**row, "age": duration(row["age_seconds"]), "worker": row["worker"] or "-", "outcome": row["outcome"] or ""}
         for row in rows
     ]
-    yield from _table(_COLUMNS, cells)
+    if not any("process" in row for row in rows):
+        yield from _table(_COLUMNS, cells)
+        return
+    for cell in cells:
+        process = cell["process"] or {}
+        cell |= {"pk": process.get("pk") or "-", "label": process.get("label") or "-"}
+        cell["process"] = process.get("state") or "-"
+    yield from _table((*_COLUMNS[:-1], "pk", "label", "process", "outcome"), cells)
 
 
 def _table(columns: tuple[str, ...], rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -204,6 +212,10 @@ def task(answer: dict[str, Any], screen: tuple[int, int] | None) -> Iterator[str
         yield f"Worker:   {flat(answer['worker'])}, {lives}"
     yield f"Deaths:   {answer['deaths']}"
     yield f"File:     {flat(answer['file'])}, {'? bytes' if answer['size'] is None else count(answer['size'], 'byte')}"
+    if answer["process"]:
+        process = answer["process"]
+        known = f" ({flat(process['label'])}), {flat(process['state'])}" if process["label"] else ""
+        yield f"Process:  pk {process['pk']}{known}"
     if answer["outcome"]:
         yield f"Outcome:  {flat(answer['outcome'])}"
     if answer["unreadable"]:

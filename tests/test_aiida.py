@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import verdi
-from harness import eventually
+from harness import HERE, eventually
 from verdi import PRELUDE, Aiida
 
 if importlib.util.find_spec("aiida") is None:
@@ -140,6 +142,23 @@ def test_which_profile_is_meant_is_for_verdi_to_say(aiida: Aiida) -> None:
     assert "Sent" in aiida.verdi("coordinator", "send", "--", "-1.5e3")
     assert aiida.tasks()
     assert "Removed" in aiida.verdi("coordinator", "purge", "--state", "waiting")
+
+
+def test_tasks_are_known_by_their_processes(aiida: Aiida) -> None:
+    first, second = aiida.submit(2)
+    said = aiida.coordinator("tasks", "--aiida")
+    assert re.search(rf" {first} +ArithmeticAddCalculation +created", said)
+    rows = json.loads(aiida.coordinator("tasks", "--aiida", "--json"))["tasks"]
+    assert rows[1]["process"] == {"pk": second, "label": "ArithmeticAddCalculation", "state": "created"}
+    assert f"pk {second} (ArithmeticAddCalculation), created" in aiida.coordinator("show", str(second))
+    assert ("process" in json.loads(aiida.coordinator("tasks", "--json"))["tasks"][0]) == aiida.vendored
+    # Given up on, as by its twentieth death.
+    (queue := aiida.config_path / "coordinator" / "failed").mkdir(exist_ok=True)
+    task = aiida.tasks()[0]
+    task.rename(queue / task.name)
+    assert "Requeued" in aiida.coordinator("requeue", str(first))
+    aiida.start_daemon(1)
+    aiida.wait([first, second], 60)
 
 
 def test_completion_knows_each_command_and_option(aiida: Aiida) -> None:
@@ -363,3 +382,47 @@ def test_to_rabbitmq_and_back(aiida: Aiida, rabbitmq: int) -> None:
     aiida.verdi("process", "repair")
     aiida.start_daemon()
     aiida.wait(pks, 120)
+
+
+@pytest.mark.parametrize("variant", ["vendored", "plugin"])
+def test_from_nothing_to_a_running_daemon(tmp_path: Path, variant: str) -> None:
+    readme = (HERE / "README.md").read_text()
+    of_both = [each for each in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL) if "verdi presto" in each]
+    (commands,) = (each for each in of_both if ("vendor.py" in each) == (variant == "vendored"))
+    assert len(commands.splitlines()) == 5
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    home = tmp_path / "home"
+    (home / ".aiida").mkdir(parents=True)
+    # The AiiDA that is tested here, and nothing of whoever runs this.
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "AIIDA_PATH")}
+    environment |= {"HOME": str(home), "PATH": f"{tmp_path / 'venv' / 'bin'}:{os.environ['PATH']}"}
+    environment |= {"PYTHONWARNINGS": "ignore", "PIP_CONSTRAINT": str(tmp_path / "constraint.txt")}
+    version = importlib.metadata.version("aiida-core")
+    (tmp_path / "constraint.txt").write_text(f"aiida-core=={version}\n")
+    tree = tmp_path / "tree"
+    shutil.copytree(HERE, tree, ignore=shutil.ignore_patterns(".git", "__pycache__"))
+    presto = Path(importlib.util.find_spec("aiida").origin).parent / "cmdline" / "commands" / "cmd_presto.py"
+    if variant == "vendored" and "--use-zeromq" not in presto.read_text():
+        pytest.skip("AiiDA's own commands know the broker in 2.9 or newer")
+
+    def run(script: str) -> str:
+        said = subprocess.run(
+            ["bash", "-e", "-c", script], env=environment, cwd=tree, capture_output=True, text=True, timeout=400
+        )
+        assert said.returncode == 0, said.stdout + said.stderr
+        return said.stdout
+
+    try:
+        run(commands.replace("verdi daemon start", "verdi config set daemon.timeout 60\nverdi daemon start"))
+        status = run("verdi status")
+        assert "✔ broker:      Named pipes" in status and "✔ daemon" in status
+        assert "tasks: default" in run(
+            "aiida-coordinator status" if variant == "plugin" else "verdi coordinator status"
+        )
+        asked = run(f"python -c '{PRELUDE.replace(chr(39), chr(34))}\nanswer(add(1))'")
+        (pk,) = re.findall(r"ANSWER (\d+)", asked)
+        eventually(lambda: "Finished [0]" in run("verdi process list -a -p 1"), 90)
+        assert pk
+    finally:
+        run("verdi daemon stop")
+        run("aiida-coordinator delete --yes" if variant == "plugin" else "verdi coordinator delete --yes")

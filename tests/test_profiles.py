@@ -141,7 +141,7 @@ def test_who_is_started_for_others_ends_when_nobody_is_there(broker: Broker) -> 
     assert "Started" in broker.run("start", "--idle", "0.5")
     broker.stack.callback(control.stop, broker.config_path)
     said = broker.status()
-    assert said["idle"] == 0.5 and "ends when nobody has been here for 0.5 s" in broker.run("status")
+    assert said["idle"] == 0.5 and "It ends when nobody has been here for 0.5 s" in broker.run("status")
     sender.task_send("waits", no_reply=True)
     sender.close()
     eventually(lambda: not broker.status()["running"], 2 * TIMEOUT)

@@ -418,6 +418,23 @@ def test_a_real_time_signal_leaves_a_line(broker: Broker) -> None:
         assert process.wait(TIMEOUT) == 0
 
 
+@pytest.mark.parametrize("command", ["show", "requeue", "remove"])
+def test_a_number_is_the_pk_of_a_process(broker: Broker, command: str) -> None:
+    with broker.communicator() as sender:
+        for pk in (7, 123, 7):
+            sender.task_send({"task": "continue", "args": {"pid": pk, "nowait": True}}, no_reply=True)
+        sender.task_send([{"args": 7}], no_reply=True)
+    newest = broker.tasks()[2]["id"]
+    if command == "requeue":
+        (task,) = broker.queue.glob(f"task_{newest}*")
+        (broker.queue / "failed").mkdir(exist_ok=True)
+        task.rename(broker.queue / "failed" / task.name)
+    said = broker.run(command, "7")
+    assert newest in said and (command != "show" or "Process:  pk 7\n" in said)
+    assert "AiiDA's" in broker.run("tasks", "--aiida", status=1)
+    assert "no task is called 8" in broker.run(command, "8" * 12, status=1)
+
+
 # What strangers write
 
 

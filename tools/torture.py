@@ -1,6 +1,7 @@
 """Random work under random blows: does what may never happen, happen?
 
     python tools/torture.py --minutes 5 --seed 7
+    python tools/torture.py --aiida --minutes 60 --seed 7       (`fire.py` says what that is)
 
 The blows are SIGKILL, to one or to all workers, SIGSTOP, restarts, and the removal of directories, pipes and routes.
 Senders send from signal handlers too, inside other sends, and fork. Senders and workers append a line to a file before
@@ -364,7 +365,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Torture the broker, and say what broke.")
     parser.add_argument("--minutes", type=float, default=5.0, help="for how long (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="of all that is random (default: %(default)s)")
+    parser.add_argument("--aiida", action="store_true", help="torture AiiDA with its daemon instead")
     options = parser.parse_args()
+    if options.aiida:
+        import fire  # It needs AiiDA, which not everybody has.
+
+        return fire.main(options.minutes, options.seed)
     directory = Path(tempfile.mkdtemp(prefix="namedpipe-torture-"))
     torture = Torture(directory, options.seed)
     try:
