@@ -172,12 +172,14 @@ class Fire:
             os.kill(self.aiida.coordinator_pid(), signal.SIGKILL)
 
     def kill_daemon(self) -> None:
-        """Kill circus and all its workers, and start it anew."""
+        """Kill circus and all that it has started, and start it anew."""
         pid_file = self.aiida.home / ".aiida" / "daemon" / f"circus-{self.aiida.profile}.pid"
         with contextlib.suppress(OSError, ValueError):
-            os.kill(int(pid_file.read_text()), signal.SIGKILL)
-        for pid in self.workers():
-            self._kill(pid)
+            circus = pid_file.read_text().strip()
+            listed = subprocess.run(["ps", "-eo", "pid=,ppid="], check=True, capture_output=True, text=True).stdout
+            children = [pid for pid, parent in map(str.split, listed.splitlines()) if parent == circus]
+            for pid in (circus, *children):
+                self._kill(int(pid))
         self.start_daemon()
 
     def empty_tmp(self) -> None:
