@@ -745,6 +745,8 @@ def test_a_directory_of_claims_that_is_gone_is_made_again(served: Broker) -> Non
     served.child(ECHO, "w1")
     sender = served.communicator()
     assert sender.task_send(1).result(TIMEOUT) == 1
+    # The outcome comes before the task is moved.
+    eventually(lambda: not list((served.queue / "claimed" / "w1").glob("task_*")))
     (served.queue / "claimed" / "w1" / "lock").unlink()
     (served.queue / "claimed" / "w1").rmdir()
     assert sender.task_send(2).result(TIMEOUT) == 2
