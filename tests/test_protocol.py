@@ -1387,9 +1387,13 @@ def test_a_stranger_listens_and_broadcasts(served: Broker, stranger: Stranger) -
 def test_who_came_before_a_broadcast_gets_it_though_the_coordinator_reads_both_at_once(broker: Broker) -> None:
     broker.communicator().close()
     with serving(broker, SLOW) as coordinator:
-        listener = mortal(broker)
+        early, listener = mortal(broker), mortal(broker)
+        early.come("broadcast", broadcast=True, listens_since=time.time())
+        for number in range(2):
+            early.tell("coordinator_broadcast", {"body": number})
+            assert early.next(f"broadcast_{early.worker_id}") == {"body": number}
+        # It waits for both pipes now; and the broadcasts are the first that it finds to read when it goes on.
         coordinator.stop()
-        # So that the broadcasts are the first that it finds to read when it goes on.
         listener.tell("coordinator_broadcast", {"body": "before"})
         listener.come("broadcast", broadcast=True, listens_since=time.time())
         listener.tell("coordinator_broadcast", {"body": "after"})
