@@ -10,8 +10,8 @@ Rules:
   told that no coordinator serves by the one way it knows, an error.
 - Nothing here is needed without AiiDA, and nothing else in the project imports it but when asked for `PipeBroker`, or
   to configure a profile.
-- Not imported at the top: ``aiida.orm.utils.serialize``, which takes 0.8 s where AiiDA's other modules that stand there
-  take nothing, since whoever loads a broker has them; and ``control``, 10 ms for the few who start one.
+- Not imported at the top: ``aiida.orm`` and AiiDA's daemon, which take up to 0.8 s where AiiDA's other modules that
+  stand there take nothing, since whoever loads a broker has them; and ``control``, 10 ms for the few who start one.
 
 AiiDA 2.6 and newer: a broker's configuration fields came after 2.6, where `PipeBroker` has none.
 """
@@ -24,7 +24,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -355,3 +355,28 @@ def configure(
         return bool(DaemonClient(profile).is_daemon_running)
     except Exception:
         return None
+
+
+def processes(config_path: Path, pks: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """Return what AiiDA says of processes, by their pks: ``pk``, ``label`` and ``state``; of those that it knows.
+
+    :raises RuntimeError: the profile is none of AiiDA's, or AiiDA cannot be asked.
+    """
+    found = control_profiles.of(config_path)
+    if found is None:
+        raise RuntimeError(f"{config_path} is no profile of AiiDA's, so no process can be looked up")
+    own = get_config().dirpath
+    if not os.path.samefile(own, found[0].directory):
+        raise RuntimeError(f"AiiDA has its profiles in {own}: AIIDA_PATH says where it looks")
+    try:
+        from aiida import load_profile, orm
+
+        load_profile(found[1])
+        builder = orm.QueryBuilder().append(
+            orm.ProcessNode,
+            filters={"id": {"in": list(pks) or [0]}},
+            project=["id", "attributes.process_label", "attributes.process_state"],
+        )
+        return {number: {"pk": number, "label": label, "state": state} for number, label, state in builder.iterall()}
+    except Exception as error:
+        raise RuntimeError(f"AiiDA cannot be asked: {type(error).__name__}: {error}") from error

@@ -19,7 +19,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,13 +242,28 @@ def configure(profile_name: str, config_path: Path, **settings: Any) -> bool | N
     :raises presence.CoordinatorError: AiiDA is not installed here.
     :raises RuntimeError: AiiDA cannot find this broker, or the profile.
     """
-    # The one command that needs AiiDA; nothing else here may, as that takes long to import.
+    running: bool | None = _aiida().configure(profile_name, config_path, **settings)
+    return running
+
+
+def processes(config_path: Path, pks: Iterable[int]) -> dict[int, dict[str, Any]]:
+    """Return what AiiDA says of processes, as `aiidabroker.processes` does.
+
+    :raises presence.CoordinatorError: AiiDA is not installed here.
+    :raises RuntimeError: AiiDA cannot be asked.
+    """
+    found: dict[int, dict[str, Any]] = _aiida().processes(config_path, pks)
+    return found
+
+
+def _aiida() -> Any:
+    # Only what needs AiiDA asks for this, as it takes long to import, and may not be there.
     try:
         if TYPE_CHECKING or not __package__:
             import aiidabroker
         else:
             from . import aiidabroker
-        return aiidabroker.configure(profile_name, config_path, **settings)
+        return aiidabroker
     except ImportError as error:
         raise presence.CoordinatorError(f"AiiDA is not installed here: {error}") from error
 

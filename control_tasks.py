@@ -24,13 +24,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING or not __package__:
     import burial
     import control
-    import control_aiida
     import directories
     import files
     import presence
     import taskqueue
 else:
-    from . import burial, control, control_aiida, directories, files, presence, taskqueue
+    from . import burial, control, directories, files, presence, taskqueue
 
 
 @dataclass(frozen=True)
@@ -124,8 +123,8 @@ def tasks(
         pks = [_pk(each) for each in oldest]
         known: dict[int, dict[str, Any]] = {}
         try:
-            known = control_aiida.describe(Path(config_path), filter(None, pks))
-        except presence.CoordinatorError as error:
+            known = control.processes(Path(config_path), filter(None, pks))
+        except RuntimeError as error:
             warn(error)
         for row, pk in zip(rows, pks, strict=True):
             row["process"] = None if pk is None else known.get(pk, {"pk": pk, "label": None, "state": None})
@@ -135,8 +134,15 @@ def tasks(
 def _pk(found: Found) -> int | None:
     """Return which process a task is for, as far as it can be read."""
     with contextlib.suppress(OSError, taskqueue.Unreadable):
-        return control_aiida.pk(taskqueue.Task.read(found.path, found.name).message.get("body"))
+        return _process(taskqueue.Task.read(found.path, found.name).message.get("body"))
     return None
+
+
+def _process(body: object) -> int | None:
+    """Return which of AiiDA's processes a body starts or continues (`plumpy.process_comms`); `None`: none."""
+    arguments = body.get("args") if isinstance(body, dict) else None
+    number = arguments.get("pid") if isinstance(arguments, dict) else None
+    return number if isinstance(number, int) and not isinstance(number, bool) else None
 
 
 def _expect_queue(layout: directories.Layout, queue: str | None) -> None:
@@ -238,11 +244,11 @@ def show(config_path: str | os.PathLike[str], task_id: str) -> dict[str, Any]:
     answer["sender_lives"] = directories.is_reply_pipe(reply_to) and _is_read(layout.pipes / str(reply_to))
     answer["worker_pid"] = _pid(layout, found.worker) if found.worker else None
     answer["reason"] = found.queue.reason(found.name, found.place) or None
-    pk = control_aiida.pk(message.get("body"))
+    pk = _process(message.get("body"))
     answer["process"] = None if pk is None else {"pk": pk, "label": None, "state": None}
     if pk is not None:
-        with contextlib.suppress(presence.CoordinatorError, OSError, ValueError):  # The rest is said all the same.
-            answer["process"] = control_aiida.describe(Path(config_path), [pk]).get(pk, answer["process"])
+        with contextlib.suppress(RuntimeError, OSError, ValueError):  # The rest is said all the same.
+            answer["process"] = control.processes(Path(config_path), [pk]).get(pk, answer["process"])
     return answer
 
 

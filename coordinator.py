@@ -290,7 +290,8 @@ class PipeCoordinator:
         self._intakes.look()
 
     def _look_for_company(self) -> None:
-        if self.company.is_missed() and not self._stopping:
+        # In this order: one that was told to stop is not to be taken for one that was left alone.
+        if not self._stopping and self.company.is_missed():
             self.end(f"itself: no communicator has been here for {self.company.patience:g} s")
 
     def _sweep(self) -> Iterator[None]:

@@ -54,7 +54,6 @@ MODULES = (
     "service.py",
     "coordinator.py",
     "control.py",
-    "control_aiida.py",
     "control_tasks.py",
     "control_log.py",
     "control_print.py",

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -281,3 +281,20 @@ def write_frame(fifo: Path, message: object) -> None:
         os.write(descriptor, len(text).to_bytes(4, "big") + text)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def at_home(home: Path) -> Iterator[Path]:
+    """Give a user the profile that the texts name, and its coordinator."""
+    import control
+    import directories
+
+    config = home / ".aiida" / "profiles" / "my_profile"
+    control.start("my_profile", config)
+    try:
+        yield home
+    finally:
+        control.stop(config)
+        layout = directories.locate(config)
+        assert layout is not None
+        directories.remove_pipes(layout.pipes)

@@ -17,9 +17,7 @@ from typing import Any
 
 import pytest
 
-import control
-import directories
-from harness import ECHO, HERE, TIMEOUT, Broker, Child, eventually, write_frame
+from harness import ECHO, HERE, TIMEOUT, Broker, Child, at_home, eventually, write_frame
 
 EXAMPLES = HERE / "examples"
 
@@ -58,16 +56,8 @@ def programs() -> Iterator[list[Program]]:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Path]:
-    """A user with the profile that the examples name, and its coordinator."""
-    config = tmp_path / ".aiida" / "profiles" / "my_profile"
-    control.start("my_profile", config)
-    try:
-        yield tmp_path
-    finally:
-        control.stop(config)
-        layout = directories.locate(config)
-        assert layout is not None
-        directories.remove_pipes(layout.pipes)
+    with at_home(tmp_path) as made:
+        yield made
 
 
 def example(home: Path, programs: list[Program], name: str, first: str = "") -> tuple[Program, str]:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import control
 import directories
-from harness import HERE, TIMEOUT, Broker
+from harness import HERE, TIMEOUT, Broker, at_home
 from test_layout import MODULES
 
 README = (HERE / "README.md").read_text()
@@ -33,16 +32,8 @@ def block(containing: str) -> str:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Iterator[Path]:
-    """A user with the profile that the README names, and its coordinator."""
-    config = tmp_path / ".aiida" / "profiles" / "my_profile"
-    control.start("my_profile", config)
-    try:
-        yield tmp_path
-    finally:
-        control.stop(config)
-        layout = directories.locate(config)
-        assert layout is not None
-        directories.remove_pipes(layout.pipes)
+    with at_home(tmp_path) as made:
+        yield made
 
 
 def package(directory: Path) -> None:

@@ -431,7 +431,7 @@ def test_a_number_is_the_pk_of_a_process(broker: Broker, command: str) -> None:
         task.rename(broker.queue / "failed" / task.name)
     said = broker.run(command, "7")
     assert newest in said and (command != "show" or "Process:  pk 7\n" in said)
-    assert "AiiDA's" in broker.run("tasks", "--aiida", status=1)
+    assert "AiiDA" in broker.run("tasks", "--aiida", status=1)
     assert "no task is called 8" in broker.run(command, "8" * 12, status=1)
 
 
