@@ -353,9 +353,8 @@ def test_who_lives_and_has_lost_his_entry_is_not_said_to_be_dead(served: Broker)
     (row,) = served.tasks()
 
     def shown() -> str:
-        (served.config_path / "pipes" / "worker_holder.json").unlink(
-            missing_ok=True
-        )  # Which it makes again at its next look.
+        # Its owner makes it again at the next look.
+        (served.config_path / "pipes" / "worker_holder.json").unlink(missing_ok=True)
         return served.run("show", row["id"])
 
     eventually(lambda: "holder, pid ?" in shown())
