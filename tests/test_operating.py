@@ -127,7 +127,10 @@ def test_what_is_no_part_of_the_broker_is_named_once_in_the_log(broker: Broker) 
         goes_on(broker, child)
         said = broker.log()
         assert [said.count(repr(str(path))) for path in strange] == [1] * len(strange)
-        assert said.count("stray") <= 20 and said.count("none of ours") <= 3 + len(strange)
+        # Each look names ten of what it saw first, once; how many looks fall into this is for the machine to say.
+        looks = [re.findall(r"stray\d+", line) for line in said.splitlines() if "none of ours" in line]
+        named = [each for look in looks for each in look]
+        assert max(map(len, looks)) == 10 and all(named.count(each) == 1 for each in named)
         for path in (*strange, *broker.pipes.glob("stray*")):
             path.rmdir() if path.is_dir() else path.unlink()
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from typing import Any
 from harness import HERE, eventually
 
 SPEC = importlib.util.find_spec("aiida")
-RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
+RABBITMQ_SERVER = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 PRELUDE = """
 import json, os, sys, time
 from aiida import load_profile, orm
@@ -48,6 +49,12 @@ def chain(x):
 
 def answer(value):
     print('ANSWER', json.dumps(value), flush=True)
+"""
+OBEY = """
+answer('ready')
+for line in sys.stdin:
+    what, *arguments = json.loads(line)
+    answer(globals()[what](*arguments))
 """
 
 
@@ -139,6 +146,43 @@ answer([[node.pk, node.process_state.value, node.exit_status] for node in nodes]
         return sorted((self.config_path / "coordinator").glob("task_*.json"))
 
 
+class Helper:
+    """A process that has AiiDA loaded and obeys orders, so that not each of them waits for AiiDA's start."""
+
+    def __init__(self, aiida: Aiida, orders: str) -> None:
+        """`orders` defines functions."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", PRELUDE + orders + OBEY],
+            env=aiida.env,
+            cwd=aiida.home,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._answer()
+
+    def ask(self, what: str, *arguments: Any) -> Any:
+        """Have a function called; return what it returned."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([what, *arguments]) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("ANSWER "):
+                return json.loads(line.removeprefix("ANSWER "))
+        raise AssertionError("the helper has ended")
+
+    def end(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
 def install(directory: Path, *, vendored: bool) -> None:
     """Make a directory of packages that goes before the installed: an AiiDA with the broker in it, or the plugin."""
     if vendored:
@@ -147,7 +191,8 @@ def install(directory: Path, *, vendored: bool) -> None:
         shutil.copytree(package, directory / "aiida")
         metadata = next(package.parent.glob("aiida_core-*.dist-info"))
         shutil.copytree(metadata, directory / metadata.name)
-        subprocess.run([sys.executable, HERE / "vendor.py", directory / "aiida"], check=True)
+        command = [sys.executable, HERE / "vendor.py", directory / "aiida"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     else:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(directory), str(HERE)]
         subprocess.run(pip, check=True)
@@ -175,43 +220,73 @@ def instance(site: Path, home: Path, *, vendored: bool) -> Iterator[Aiida]:
         shutil.rmtree(f"/tmp/aiida_{profile}_pipes", ignore_errors=True)
 
 
+class RabbitMQ:
+    """A RabbitMQ of our own, on the loopback interface only."""
+
+    def __init__(self, home: Path) -> None:
+        """`home` is a directory that is not there yet."""
+        self.home, self.port = home, 20000 + os.getpid() % 10000
+        home.mkdir()
+        listener = f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
+        (home / "rabbitmq.conf").write_text(listener + "consumer_timeout = 36000000000\n")
+        self.env = {
+            **os.environ,
+            "HOME": str(home),
+            "RABBITMQ_NODENAME": f"test{self.port}@localhost",
+            "RABBITMQ_MNESIA_BASE": f"{home}/mnesia",
+            "RABBITMQ_LOG_BASE": f"{home}/log",
+            "RABBITMQ_CONFIG_FILE": f"{home}/rabbitmq.conf",
+            "RABBITMQ_CONF_ENV_FILE": f"{home}/none",
+            "RABBITMQ_ENABLED_PLUGINS_FILE": f"{home}/enabled_plugins",
+            "RABBITMQ_GENERATED_CONFIG_DIR": f"{home}/config",
+            "RABBITMQ_FEATURE_FLAGS_FILE": f"{home}/feature_flags",
+            "RABBITMQ_PID_FILE": f"{home}/pid",
+            "RABBITMQ_DIST_PORT": str(self.port + 20000),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
+            "ERL_EPMD_ADDRESS": "127.0.0.1",
+            "ERL_EPMD_PORT": str(self.port + 1),
+        }
+        self._server: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of Erlang's machine, which the server's command is not."""
+        return int((self.home / "pid").read_text())
+
+    def start(self) -> None:
+        """Start it, and wait until it listens."""
+        quiet = subprocess.DEVNULL
+        self._server = subprocess.Popen([RABBITMQ_SERVER], env=self.env, stdout=quiet, stderr=quiet)
+        eventually(self._listens, 60)
+
+    def kill(self) -> None:
+        """Kill it, so that `start` is a start after a crash."""
+        assert self._server is not None
+        os.kill(self.pid, signal.SIGKILL)
+        self._server.wait(30)
+
+    def stop(self) -> None:
+        """End it."""
+        if self._server is not None:
+            self._server.terminate()
+            self._server.wait(30)
+
+    def _listens(self) -> bool:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return True
+        return False
+
+
 @contextlib.contextmanager
-def rabbitmq(home: Path) -> Iterator[int]:
-    """A RabbitMQ of our own, on the loopback interface only; gives its port."""
-    port = 20000 + os.getpid() % 10000
-    home.mkdir()
-    (home / "rabbitmq.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{port}\nconsumer_timeout = 36000000000\n")
-    env = {
-        **os.environ,
-        "HOME": str(home),
-        "RABBITMQ_NODENAME": f"test{port}@localhost",
-        "RABBITMQ_MNESIA_BASE": f"{home}/mnesia",
-        "RABBITMQ_LOG_BASE": f"{home}/log",
-        "RABBITMQ_CONFIG_FILE": f"{home}/rabbitmq.conf",
-        "RABBITMQ_CONF_ENV_FILE": f"{home}/none",
-        "RABBITMQ_ENABLED_PLUGINS_FILE": f"{home}/enabled_plugins",
-        "RABBITMQ_GENERATED_CONFIG_DIR": f"{home}/config",
-        "RABBITMQ_FEATURE_FLAGS_FILE": f"{home}/feature_flags",
-        "RABBITMQ_PID_FILE": f"{home}/pid",
-        "RABBITMQ_DIST_PORT": str(port + 20000),
-        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
-        "ERL_EPMD_ADDRESS": "127.0.0.1",
-        "ERL_EPMD_PORT": str(port + 1),
-    }
+def rabbitmq(home: Path) -> Iterator[RabbitMQ]:
+    """Run a RabbitMQ of our own."""
+    server = RabbitMQ(home)
     # The server would start a port mapper that outlives it.
-    mapper = subprocess.Popen(["epmd"], env=env)
-    server = subprocess.Popen([RABBITMQ], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    mapper = subprocess.Popen(["epmd"], env=server.env)
     try:
-        eventually(lambda: f"127.0.0.1:{port}" in _connectable(port), 60)
-        yield port
+        server.start()
+        yield server
     finally:
-        server.terminate()
-        server.wait(30)
+        server.stop()
         mapper.kill()
         mapper.wait()
-
-
-def _connectable(port: int) -> str:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-        return f"127.0.0.1:{port}"
-    return ""

@@ -3,6 +3,7 @@
     python tools/benchmark.py                 # all that is installed here, as a table with ratios
     python tools/benchmark.py --growth        # how the cost grows with senders, workers, bodies and waiting tasks
     python tools/benchmark.py --against HASH  # this edition beside another commit's, in paired turns
+    python tools/benchmark.py --aiida         # a daemon with real processes, beside the same with the other brokers
     python tools/benchmark.py --json FILE --svg FILE
 
 ZeroMQ needs ``aiida-core>=2.9`` and RabbitMQ needs ``kiwipy[rmq]`` in this Python, and Debian's ``rabbitmq-server``.
@@ -35,15 +36,17 @@ from typing import Any, BinaryIO
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent.parent / "tests")]
 
 import editions
+import realwork
+from realwork import processor_seconds, resident
 from roles import PIPES, RABBIT, UNSYNCED, ZEROMQ, Process, connect, many
 
 import control
 import directories
 import taskqueue
+import verdi
 from harness import HERE, eventually
 from pipebroker import PipeCommunicator
 
-RABBITMQ = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
 PROFILE = f"benchmark{os.getpid()}"
 SENDERS, SUBSCRIBERS, BURST = 4, 4, 5000
 
@@ -77,43 +80,9 @@ def zeromq(directory: Path) -> Iterator[tuple[str, int]]:
 
 @contextlib.contextmanager
 def rabbitmq(directory: Path) -> Iterator[tuple[str, int]]:
-    """Run a RabbitMQ of our own, on the loopback interface only."""
-    port = 20000 + os.getpid() % 10000
-    (directory / "rabbitmq.conf").write_text(f"listeners.tcp.1 = 127.0.0.1:{port}\n")
-    names = {"MNESIA_BASE": "mnesia", "LOG_BASE": "log", "CONFIG_FILE": "rabbitmq.conf", "CONF_ENV_FILE": "none",
-             "ENABLED_PLUGINS_FILE": "plugins", "GENERATED_CONFIG_DIR": "config", "FEATURE_FLAGS_FILE": "flags",
-             "PID_FILE": "pid"}  # fmt: skip
-    env = {
-        **os.environ,
-        **{f"RABBITMQ_{name}": f"{directory}/{value}" for name, value in names.items()},
-        "HOME": str(directory),
-        "RABBITMQ_NODENAME": f"benchmark{port}@localhost",
-        "RABBITMQ_DIST_PORT": str(port + 20000),
-        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
-        "ERL_EPMD_ADDRESS": "127.0.0.1",
-        "ERL_EPMD_PORT": str(port + 1),
-    }
-    # The server would start a port mapper that outlives it.
-    with subprocess.Popen(["epmd"], env=env) as mapper:
-        try:
-            with subprocess.Popen([RABBITMQ], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-                place = f"amqp://guest:guest@127.0.0.1:{port}/"
-                try:
-                    eventually(lambda: _connects(place))
-                    yield place, int((directory / "pid").read_text())
-                finally:
-                    server.terminate()
-        finally:
-            mapper.kill()
-
-
-def _connects(place: str) -> bool:
-    import socket
-
-    port = int(place.rpartition(":")[2].strip("/"))
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-        return True
-    return False
+    """Run a RabbitMQ of our own."""
+    with verdi.rabbitmq(directory / "rabbitmq") as server:
+        yield f"amqp://guest:guest@127.0.0.1:{server.port}/", server.pid
 
 
 def present() -> dict[str, Callable[[Path], Any]]:
@@ -122,7 +91,7 @@ def present() -> dict[str, Callable[[Path], Any]]:
     with contextlib.suppress(ModuleNotFoundError):
         if importlib.util.find_spec("aiida.brokers.zeromq"):
             found[ZEROMQ] = zeromq
-    if RABBITMQ.exists() and importlib.util.find_spec("aio_pika"):
+    if verdi.RABBITMQ_SERVER.exists() and importlib.util.find_spec("aio_pika"):
         found[RABBIT] = rabbitmq
     return found
 
@@ -189,18 +158,6 @@ class Contest:
     def medians(self) -> dict[str, float]:
         """Return the figures."""
         return {name: statistics.median(values) for name, values in self.values.items()}
-
-
-def resident(pid: int) -> float:
-    """Return a process's resident memory, in MiB."""
-    said = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, text=True, check=True)
-    return int(said.stdout) / 1024
-
-
-def processor_seconds(pid: int) -> float:
-    """Return the processor time of a process (proc(5))."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def floor() -> float:
@@ -547,15 +504,18 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--tasks", type=int, default=2000, help="tasks in a round (default: %(default)s)")
     parser.add_argument("--growth", action="store_true", help="measure how this broker's cost grows instead")
+    parser.add_argument("--aiida", action="store_true", help="measure AiiDA's own work with each broker instead")
     parser.add_argument("--against", metavar="COMMIT", help="measure this edition and another of it in turn instead")
     parser.add_argument("--turns", type=int, default=15, help="paired turns with --against (default: %(default)s)")
     parser.add_argument("--only", default="", metavar="TEXT", help="with --against: figures with this in their names")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there too")
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the ratios there too")
     options = parser.parse_args()
+    answer: dict[str, Any] = {"machine": machine()}
     if options.against:
-        answer: dict[str, Any] = {"machine": machine()}
         answer["rows"] = editions.contest(options.against, options.turns, options.only, progress)
+    elif options.aiida:
+        answer["rows"] = realwork.contest(options.rounds, progress)
     else:
         answer = growth() if options.growth else contest(options.rounds, options.tasks)
     if options.json:
@@ -563,6 +523,9 @@ def main() -> int:
     if options.against:
         print(answer["machine"])
         editions.print_rows(answer["rows"], options.against, options.turns)
+    elif options.aiida:
+        print(f"{answer['machine']}; medians of {options.rounds} rounds\n")
+        realwork.print_rows(answer["rows"])
     elif options.growth:
         print_growth(answer)
     else:
