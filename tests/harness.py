@@ -90,11 +90,13 @@ soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
 hoard = []
 def use_up():
+    # How many were free: another thread may have had one in hand the last time.
+    before = len(hoard)
     try:
         while True:
             hoard.append(os.dup(0))
     except OSError:
-        pass
+        return len(hoard) - before
 def free():
     while hoard:
         os.close(hoard.pop())

@@ -318,7 +318,8 @@ def test_the_sender_of_what_is_no_task_is_told_before_it_goes_to_failed(broker: 
     (path,) = broker.queue.glob("task_*.json")
     path.write_text(path.read_text().replace("1", "[" * 100_000, 1))
     broker.run("resume")
-    child = broker.child(KILLED_BEFORE_FAILED)
+    # Where the task comes at once, it has no time to say that it is ready.
+    child = broker.spawn(KILLED_BEFORE_FAILED)
     child.process.wait(TIMEOUT)
     with pytest.raises(kiwipy.RemoteException):
         future.result(TIMEOUT)

@@ -557,6 +557,8 @@ def test_a_fifo_gets_its_name_only_once_it_is_read(broker: Broker, monkeypatch: 
 
     monkeypatch.setattr(os, "mkfifo", makes)
     monkeypatch.setattr(os, "rename", renames)
+    # Python 3.10's has kept os.rename as it was.
+    monkeypatch.setattr(Path, "rename", renames)
     worker = broker.communicator("w1")
     worker.add_task_subscriber(lambda *_: None)
     worker.add_rpc_subscriber(lambda *_: None)

@@ -67,11 +67,14 @@ class Waiting(WorkChain):
     @classmethod
     def define(cls, spec):
         super().define(spec)
-        spec.outline(cls.spawn)
+        spec.outline(cls.spawn, cls.collect)
 
     def spawn(self):
         note(self.node, "held")
         return ToContext(child=orm.WorkChainNode().store())
+
+    def collect(self):
+        pass
 
     def load_instance_state(self, saved_state, load_context):
         super().load_instance_state(saved_state, load_context)
@@ -101,7 +104,9 @@ def work(chains, parents):
 def hold(count):
     pks = [submit(processes.Waiting).pk for _ in range(count)]
     nodes, end = [orm.load_node(pk) for pk in pks], time.monotonic() + {PATIENCE}
-    while any(node.process_state.value != 'waiting' for node in nodes) and time.monotonic() < end:
+    while any(node.process_state.value != 'waiting' for node in nodes):
+        if time.monotonic() > end:
+            raise TimeoutError(f'{{count}} processes were submitted, and not all of them wait')
         time.sleep(0.05)
     return pks
 
@@ -161,6 +166,7 @@ class Turn:
         self._act()
         self._kill_a_worker()
         self._restart_the_daemon()
+        self._begin_anew()
         self._kill_the_broker(broker_pid())
         return self.figures
 
@@ -205,6 +211,13 @@ class Turn:
         finished = self.helper.ask("ended", pks, 120.0)
         took = time.monotonic() - begin
         self.figures["daemon restarted: all 38 finished after (s)"] = took if finished == len(pks) else None
+
+    def _begin_anew(self) -> None:
+        """Have a helper, and workers, that have seen no restart."""
+        self.helper.end()
+        self.aiida.verdi("daemon", "stop")
+        self.aiida.start_daemon()
+        self.helper = verdi.Helper(self.aiida, ORDERS)
 
     def _kill_the_broker(self, broker: int) -> None:
         pks = self.helper.ask("hold", 4)
@@ -252,14 +265,16 @@ def turn(site: Path, broker: str) -> Iterator[dict[str, float | None]]:
             aiida.verdi(*configure, "core.zeromq", "-n", aiida.profile)
         aiida.start_daemon()
         measured = Turn(aiida, evidence, server)
-        stack.callback(measured.helper.end)
 
         def broker_pid() -> int:
             if server is not None:
                 return server.pid
             return int(measured.helper.ask("broker_pid")) if broker == ZEROMQ else aiida.coordinator_pid()
 
-        yield measured.measure(broker_pid)
+        try:
+            yield measured.measure(broker_pid)
+        finally:
+            measured.helper.end()
 
 
 def contest(rounds: int, progress: Callable[[str], None]) -> dict[str, dict[str, float | None]]:
