@@ -443,15 +443,61 @@ answer([process.state.value, process.paused, process._awaitables, checkpoint['_a
 """
 
 
+DIES = """
+import os
+from aiida import orm
+from aiida.engine import WorkChain, calcfunction
+
+@calcfunction
+def dies(x):
+    if not os.path.exists('died'):
+        open('died', 'x').close()
+        os.kill(os.getpid(), 9)
+    return orm.Int(x + 1)
+
+class Calls(WorkChain):
+    @classmethod
+    def define(cls, spec):
+        super().define(spec)
+        spec.outline(cls.calls)
+    def calls(self):
+        dies(orm.Int(1))
+"""
+
+
+def with_broker(aiida: Aiida, backend: str, port: int) -> None:
+    if backend == "core.rabbitmq":
+        aiida.verdi("config", "set", "warnings.rabbitmq_version", "False")
+        aiida.verdi("profile", "configure-broker", backend, "-n", "--broker-port", str(port), aiida.profile)
+
+
+# What UPSTREAM.md lists: when AiiDA has mended it, it goes from there, and from tools/fire.py.
+
+
 @pytest.mark.parametrize("site", ["vendored"], indirect=True)
 @pytest.mark.parametrize("backend", ["core.namedpipe", "core.rabbitmq"])
 def test_aiida_forgets_a_process_paused_as_its_last_child_ends(aiida: Aiida, rabbitmq: int, backend: str) -> None:
-    if backend == "core.rabbitmq":
-        options = ["configure-broker", backend, "-n", "--broker-port", str(rabbitmq)]
-        aiida.verdi("config", "set", "warnings.rabbitmq_version", "False")
-        aiida.verdi("profile", *options, aiida.profile)
-    # UPSTREAM.md lists it: when AiiDA has mended it, it goes from there, and from tools/fire.py.
+    with_broker(aiida, backend, rabbitmq)
     assert aiida.python(FORGETS) == ["waiting", False, [], []]
+
+
+@pytest.mark.parametrize("site", ["vendored"], indirect=True)
+@pytest.mark.parametrize("backend", ["core.namedpipe", "core.rabbitmq"])
+def test_aiida_forgets_a_function_that_died_with_its_worker(aiida: Aiida, rabbitmq: int, backend: str) -> None:
+    with_broker(aiida, backend, rabbitmq)
+    (aiida.home / "dying.py").write_text(DIES.replace("'died'", repr(str(aiida.home / "died"))))
+    aiida.env["PYTHONPATH"] += os.pathsep + str(aiida.home)
+    aiida.start_daemon()
+    pk = aiida.python("import dying\nanswer(submit(dying.Calls).pk)")
+    aiida.wait([pk], 120)
+    ended = f"answer([node.is_terminated for node in orm.load_node({pk}).called])"
+    assert sorted(aiida.python(ended)) == [False, True]
+    aiida.verdi("daemon", "stop")
+    assert "Revived process" in aiida.verdi("process", "repair")
+    aiida.start_daemon()
+    eventually(lambda: aiida.python(ended) == [True, True], 60)
+    excepted = f"answer([node.is_excepted for node in orm.load_node({pk}).called])"
+    assert sorted(aiida.python(excepted)) == [False, True]
 
 
 @pytest.mark.parametrize("variant", ["vendored", "plugin"])
