@@ -97,13 +97,13 @@ def states():
         rows.append([node.pk, node.process_label, state, node.exit_status, node.paused, node.exception, caller])
     return rows
 def forgotten(pk):
-    # AiiDA saved it waiting, and for nothing: no message can make it go on. Or it is a function, which is no task: it
-    # ends with the worker that ran it, and whoever called it calls it again.
+    # Why no message can make it go on. AiiDA saved it waiting, and for nothing; or it was never saved, and so is no
+    # task: a function, or what died with its worker before it was submitted. Whoever called it has called it again.
     node = orm.load_node(pk)
-    if isinstance(node, orm.CalcFunctionNode):
-        return node.caller is not None and node.caller.is_terminated
-    saved = deserialize_unsafe(node.checkpoint) if node.checkpoint else {}
-    return 'Waiting' in str(saved.get('_state')) and saved.get('_awaitables') == []
+    if node.checkpoint:
+        saved = deserialize_unsafe(node.checkpoint)
+        return 'paused' if 'Waiting' in str(saved['_state']) and saved.get('_awaitables') == [] else ''
+    return 'abandoned' if node.caller is not None and node.caller.is_terminated else ''
 """
 PATIENCE = 600.0
 
@@ -118,7 +118,8 @@ class Fire:
         self.killed: set[int] = set()
         self.gone: set[int] = set()
         """Processes of the system that were killed or told to end: what they had begun may run again."""
-        self.forgotten: set[int] = set()
+        self.forgotten: dict[int, str] = {}
+        self.left: list[str] = []
         self.blows = Counter[str]()
         self.helper = verdi.Helper(aiida, ORDERS)
 
@@ -236,7 +237,8 @@ class Fire:
             rows = self.helper.ask("states")
             alive = [row for row in rows if row[2] in ("created", "running", "waiting", "none")]
             paused = [row[0] for row in alive if row[4]]
-            self.forgotten = {row[0] for row in alive if not row[4] and self.helper.ask("forgotten", row[0])}
+            why = {row[0]: self.helper.ask("forgotten", row[0]) for row in alive if not row[4]}
+            self.forgotten = {pk: reason for pk, reason in why.items() if reason}
             # One that has just been played is saved as a forgotten one is, until it goes on.
             looks = looks + 1 if len(alive) == len(self.forgotten) else 0
             if not alive or looks > 10 or time.monotonic() > end:
@@ -251,7 +253,8 @@ class Fire:
         by_pk = {row[0]: row for row in rows}
         for pk, label, state, status, _, exception, caller in rows:
             asked = pk in self.killed or caller in self.killed
-            if (label == "add" and self._ended_with_a_worker(caller)) or (label != "add" and pk in self.forgotten):
+            if self._left_by_aiida(pk, exception, caller):
+                self.left.append(f"{label} {pk} is {state}, which is AiiDA's own doing with any broker (UPSTREAM.md)")
                 continue
             if state not in ("finished", "killed", "excepted"):
                 wrong.append(f"{label} {pk} is {state}, and nobody goes on with it")
@@ -266,10 +269,12 @@ class Fire:
     def _lost_a_child(self, pk: int, by_pk: dict[int, list[Any]]) -> bool:
         return any(row[6] == pk and row[2] == "killed" for row in by_pk.values())
 
-    def _ended_with_a_worker(self, caller: int) -> bool:
-        """Whether somebody who died has called a function here."""
+    def _left_by_aiida(self, pk: int, exception: str | None, caller: int | None) -> bool:
+        if self.forgotten.get(pk) == "paused":
+            return True
+        never_saved = self.forgotten.get(pk) == "abandoned" or "does not have a saved checkpoint" in (exception or "")
         notes = [line.split() for line in self.evidence.read_text().splitlines()]
-        return any(pk == str(caller) and step == "first" and int(pid) in self.gone for pk, step, pid in notes)
+        return never_saved and any(noted == str(caller) and int(pid) in self.gone for noted, _, pid in notes)
 
     def _repeated(self) -> list[str]:
         ran = defaultdict[tuple[str, str], list[int]](list)
@@ -287,8 +292,9 @@ class Fire:
         """Return what `verdi process repair` would find, but for what AiiDA itself has lost."""
         repair = self._verdi("process", "repair", "--dry-run")
         found = {int(pk) for pks in re.findall(r"\{([\d, ]+)\}", repair) for pk in pks.split(", ")}
-        clean = "No inconsistencies" in repair
-        return [] if clean or (found and found <= self.forgotten) else [f"verdi process repair --dry-run: {repair}"]
+        if "No inconsistencies" in repair or (found and found <= self.forgotten.keys()):
+            return []
+        return [f"verdi process repair --dry-run: {repair}"]
 
 
 def main(minutes: float, seed: int) -> int:
@@ -315,7 +321,6 @@ def main(minutes: float, seed: int) -> int:
         wrong += fire.unrepaired()
         print(f"{len(rows)} processes: {dict(Counter(row[2] for row in rows))}")
         print(f"blows: {dict(fire.blows)}; {len(fire.gone)} workers died or were ended")
-        for pk in sorted(fire.forgotten):
-            print(f"{pk} is left by AiiDA itself, as it would be with any broker (UPSTREAM.md)")
+        print("\n".join(fire.left))
         print("\n".join(wrong) or "Nothing was lost, nothing ran twice without a death, nothing is stuck.")
         return 1 if wrong else 0
