@@ -16,7 +16,6 @@ import contextlib
 import fcntl
 import os
 import select
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -75,6 +74,8 @@ def start(
 
 def _launch(command: list[str]) -> str:
     """Run a coordinator of its own session; return what it says when it serves, or cannot."""
+    import subprocess  # Not at the top, as all other commands do without it.
+
     with contextlib.ExitStack() as stack:
         read_end, write_end = _pipe()
         answer = stack.enter_context(open(read_end, errors="surrogateescape"))

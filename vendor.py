@@ -52,6 +52,7 @@ MODULES = (
     "scheduler.py",
     "peers.py",
     "service.py",
+    "sharing.py",
     "coordinator.py",
     "control.py",
     "control_tasks.py",

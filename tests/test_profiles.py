@@ -13,8 +13,8 @@ import pytest
 import control
 import control_doctor
 import control_profiles
-import coordinator
 import directories
+import sharing
 from harness import COORDINATOR, TIMEOUT, Broker, eventually
 
 OLD, NEW = "1" * 32, "2" * 32
@@ -151,11 +151,11 @@ def test_who_is_started_for_others_ends_when_nobody_is_there(broker: Broker) -> 
 
 @pytest.mark.parametrize("who", ["sender", "worker without pipes"])
 def test_it_stays_as_long_as_anybody_is_there(broker: Broker, monkeypatch: pytest.MonkeyPatch, who: str) -> None:
-    monkeypatch.setattr(coordinator, "HOUSEKEEPING_SECONDS", 0.01)
+    monkeypatch.setattr(sharing, "HOUSEKEEPING_SECONDS", 0.01)
     communicator = broker.communicator("worker")
     if who != "sender":
         communicator.add_task_subscriber(lambda *_: None)
-    company = coordinator.Company(communicator._engine.layout, 0.0)
+    company = sharing.Company(communicator._engine.layout, 0.0)
     for pipe in broker.pipes.glob("reply_*") if who != "sender" else ():
         pipe.unlink()
     assert not company.is_missed()
@@ -166,8 +166,8 @@ def test_it_stays_as_long_as_anybody_is_there(broker: Broker, monkeypatch: pytes
 
 
 COMES_AT_THE_END = """
-import coordinator, service, pathlib
-coordinator.HOUSEKEEPING_SECONDS = 0.02
+import coordinator, service, sharing, pathlib
+sharing.HOUSEKEEPING_SECONDS = 0.02
 came = []
 def notify(state):
     print(state)
@@ -190,7 +190,7 @@ def test_who_comes_at_the_last_moment_is_served(broker: Broker) -> None:
 
 def test_one_that_is_told_to_end_is_not_taken_for_one_that_was_left_alone(broker: Broker) -> None:
     broker.communicator()
-    served = coordinator.PipeCoordinator(broker.profile, broker.config_path, idle=0.0)
+    served = sharing.PipeCoordinator(broker.profile, broker.config_path, idle=0.0)
     thread = threading.Thread(target=served.run)
     thread.start()
     served.stop()

@@ -127,8 +127,9 @@ answer([[node.pk, node.process_state.value, node.exit_status] for node in nodes]
 
     def workers(self) -> list[int]:
         """Return the pids of the daemon's workers."""
-        info = self.python("answer(manager.get_daemon_client().get_worker_info())")["info"]
-        return [int(pid) for pid in info]
+        # Its circus answers with an error, and no "info", where it looks at a process that is just ending.
+        script = "answer(manager.get_daemon_client().get_worker_info())"
+        return [int(pid) for pid in eventually(lambda: self.python(script).get("info"), 60)]
 
     def coordinator_pid(self) -> int:
         return int(json.loads((self.config_path / "pipes" / "coordinator.json").read_text())["pid"])

@@ -187,7 +187,7 @@ class Fire:
         time.sleep(seconds)
 
     def _stop_daemon(self) -> None:
-        self.gone.update(self._daemons_processes())
+        self.gone.update(self.aiida.workers())
         self.aiida.verdi("daemon", "stop")
 
     def start_daemon(self) -> None:
@@ -197,10 +197,6 @@ class Fire:
     def _verdi(self, *arguments: str) -> str:
         command, options = ["verdi", *arguments], {"capture_output": True, "text": True, "timeout": 120}
         return subprocess.run(command, check=False, env=self.aiida.env, cwd=self.aiida.home, **options).stdout
-
-    def _daemons_processes(self) -> list[int]:
-        info = self.aiida.python("answer(manager.get_daemon_client().get_worker_info())")["info"]
-        return [int(pid) for pid in info]
 
     def _kill(self, pid: int) -> None:
         self.gone.add(pid)
