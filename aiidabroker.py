@@ -50,6 +50,7 @@ NAME = "core.namedpipe"
 """What AiiDA's profiles call it, copied into AiiDA or as a plugin."""
 _SERIALIZED = "aiida.orm.utils.serialize"
 _REVIVE_SECONDS = 1.0
+_LOOK_SECONDS = 10.0
 IDLE_SECONDS = 300
 """For how long a coordinator that was started here serves on where no communicator is."""
 
@@ -91,6 +92,10 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
         """
         super().__init__(profile)
         self._communicator: _BrokerCommunicator | None = None
+        self._mutex = threading.RLock()
+        """Guards the communicator, and who replaces a coordinator."""
+        self._renewal: threading.Thread | None = None
+        self._closing = threading.Event()
         self._revived = float("-inf")
         self.config_path = Path(get_config().dirpath, "profiles", profile.name)
         """The profile's configuration directory."""
@@ -108,10 +113,8 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
 
         :raises ConnectionError: ``verdi status`` asks, and no coordinator serves.
         """
-        if _only_looks() and not self.check_service_reachable():
-            raise ConnectionError(
-                f"no coordinator serves, so tasks wait on the disk: start one by '{self._command} start'"
-            )
+        if _only_looks():
+            self._expect_service()
         # Before it is looked for: one that is about to end as nobody is there sees this, or is not found any more.
         communicator = self._connect()
         if not self.check_service_reachable():
@@ -122,6 +125,24 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
                     "The coordinator is not running, so tasks wait on the disk. Start it by '%s start'.", self._command
                 )
         return communicator
+
+    def _expect_service(self) -> None:
+        """:raises ConnectionError: no coordinator serves; the message says what to do."""
+        layout = directories.locate(self.config_path)
+        if layout is not None:
+            try:
+                directories.check(layout, control_profiles.uuid(self.config_path))
+            except directories.DirectoryRefused as error:
+                raise ConnectionError(str(error)) from error
+        said = presence.coordinator(layout) if layout is not None else None
+        if said is None:
+            raise ConnectionError(
+                f"no coordinator serves, so tasks wait on the disk: start one by '{self._command} start'"
+            )
+        if presence.is_stopped(said.get("pid")):
+            raise ConnectionError(
+                f"the coordinator is stopped, so tasks wait on the disk: let it go on by 'kill -CONT {said['pid']}'"
+            )
 
     def iterate_tasks(self) -> Iterator[pipebroker.PipeIncomingTask]:
         """Yield the tasks that no live worker holds; those that are not processed wait again when the loop ends."""
@@ -152,9 +173,11 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
 
     def close(self) -> None:
         """Close the communicator. The coordinator runs on."""
-        if self._communicator is not None:
-            self._communicator.close()
-            self._communicator = None
+        with self._mutex:
+            self._closing.set()
+            if self._communicator is not None:
+                self._communicator.close()
+                self._communicator = None
 
     def revive(self) -> None:
         """Start the coordinator again if it has died: one that was stopped has taken its entry with it.
@@ -176,17 +199,36 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
         return (layout.registry / "coordinator.json").exists()
 
     def renew(self) -> None:
-        """Replace a coordinator of an older version, which may not know what this one does. Nothing is raised."""
+        """Replace a coordinator of an older version, which may not know what this one does. Nothing is raised.
+
+        On a thread, as that one may take long to end, or be stopped.
+        """
         try:
             layout = directories.locate(self.config_path)
             said = presence.coordinator(layout) if layout is not None else None
             # One that has said nothing yet is just starting, and is of today.
             if said is None or "since" not in said or not self._autostart or not _is_older(said.get("version")):
                 return
+            with self._mutex:
+                if self._renewal is None or not self._renewal.is_alive():
+                    self._renewal = threading.Thread(target=self._replace, args=(layout, said), daemon=True)
+                    self._renewal.start()
+        except Exception as error:
+            _LOGGER.warning("The coordinator is of an older version, and cannot be replaced: %s", error)
+
+    def _replace(self, layout: directories.Layout, said: dict[str, Any]) -> None:
+        try:
             _LOGGER.info("The coordinator has version %s, and is replaced", said.get("version") or "unknown")
-            _control().stop(self.config_path, said["pid"])
-            # An older one that does not say so has been started here.
-            self._start_coordinator(said.get("idle", self._idle))
+            try:
+                _control().stop(self.config_path, said["pid"])
+            except presence.CoordinatorError as error:
+                _LOGGER.warning("The coordinator is of an older version, and is replaced when it has ended: %s", error)
+                # It was told to, and does so when it goes on; and then nobody else would start one.
+                while presence.coordinator_pid(layout) == said["pid"] and not self._closing.wait(_LOOK_SECONDS):
+                    pass
+            if not self._closing.is_set():
+                # An older one that does not say so has been started here.
+                self._start_coordinator(said.get("idle", self._idle))
         except Exception as error:
             _LOGGER.warning("The coordinator is of an older version, and cannot be replaced: %s", error)
 
@@ -204,9 +246,11 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
         return control_profiles.command(self._profile.name, self.config_path)
 
     def _connect(self) -> _BrokerCommunicator:
-        if self._communicator is None or self._communicator.is_closed():
-            self._communicator = _BrokerCommunicator(self._profile, self.config_path, self.revive, self.renew)
-        return self._communicator
+        with self._mutex:
+            if self._communicator is None or self._communicator.is_closed():
+                self._closing.clear()
+                self._communicator = _BrokerCommunicator(self._profile, self.config_path, self.revive, self.renew)
+            return self._communicator
 
     def _start_coordinator(self, idle: float | None) -> None:
         try:

@@ -31,8 +31,9 @@ if TYPE_CHECKING or not __package__:
     import control_words as words
     import directories
     import presence
+    import whose
 else:
-    from . import control, control_log, control_print, control_profiles, control_tasks, directories, presence
+    from . import control, control_log, control_print, control_profiles, control_tasks, directories, presence, whose
     from . import control_words as words
 
 Answer: TypeAlias = Generator[tuple["str | Iterable[str]", dict[str, Any]], None, "int | None"]
@@ -79,7 +80,7 @@ def status(options: argparse.Namespace) -> Answer:
         said = control.status(options.directory)
         if not options.watch:
             yield words.status(said), said
-            if said["format"] not in (None, directories.FORMAT):
+            if said["format"] not in (None, whose.FORMAT):
                 return FAILED
             return 0 if said["running"] else NOT_RUNNING
         if sys.stdout is not None and sys.stdout.isatty():

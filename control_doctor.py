@@ -163,15 +163,14 @@ def _own_files(layout: directories.Layout) -> Iterator[Finding]:
 
 
 def _stopped(layout: directories.Layout) -> Iterator[Finding]:
-    """Whether a process is stopped (proc(5), stat), as far as the kernel tells."""
+    """Whether a process is stopped, as far as the kernel tells."""
     pids = {"the coordinator": (presence.coordinator(layout) or {}).get("pid")}
     for worker in presence.workers(layout):
         if presence.is_alive(layout, worker.worker_id):
             pids[f"worker {worker.worker_id}"] = worker.pid
     for who, pid in pids.items():
-        with contextlib.suppress(OSError):
-            if pid and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t"):
-                yield Finding(f"{who} (pid {pid}) is stopped", f"let it go on by 'kill -CONT {pid}'")
+        if presence.is_stopped(pid):
+            yield Finding(f"{who} (pid {pid}) is stopped", f"let it go on by 'kill -CONT {pid}'")
 
 
 def _tasks(layout: directories.Layout) -> Iterator[Finding]:

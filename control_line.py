@@ -26,8 +26,9 @@ if TYPE_CHECKING or not __package__:
     import control_words as words
     import directories
     import presence
+    import whose
 else:
-    from . import control, control_print, control_profiles, directories, presence
+    from . import control, control_print, control_profiles, directories, presence, whose
     from . import control_commands as commands
     from . import control_words as words
 
@@ -126,10 +127,11 @@ def _config_path(options: argparse.Namespace) -> Path:
         config_path = control_profiles.find(name)
     else:
         config_path = Path(options.config_path).expanduser().absolute()
-    known = directories.read_format(config_path).get("profile", name)
-    if known != name and options.command is not None:
-        raise ValueError(f"{config_path} belongs to the profile '{known}', not to '{name}'")
-    return config_path
+    said = directories.read_format(config_path)
+    known = said.get("profile", name)
+    if options.command is None or known == name or whose.Owner(name, control_profiles.uuid(config_path)).is_of(said):
+        return config_path
+    raise ValueError(f"{config_path} belongs to the profile '{known}', not to '{name}': name that one by --profile")
 
 
 # What it understands

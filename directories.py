@@ -8,7 +8,7 @@ Rules:
 - A name that comes from a user is quoted or refused, so no name ever leads to another directory. Two queues or RPC
   identifiers differ even where the file system ignores case (worker ids and profiles may not, but then a lock or
   ``.config`` keeps the second one out).
-- A queue says in ``format`` whose it is, and in which format.
+- A queue says whose it is, and in which format (``whose.py``).
 
 This module knows nothing of messages or tasks, and of processes only whether one reads a FIFO.
 """
@@ -23,7 +23,6 @@ if not hasattr(os, "mkfifo"):
 import contextlib
 import errno
 import functools
-import json
 import re
 import stat
 import uuid
@@ -35,15 +34,15 @@ from urllib.parse import quote, unquote
 
 if TYPE_CHECKING or not __package__:
     import files
+    import whose
 else:
-    from . import files
+    from . import files, whose
 
 TASKS_INTAKE = "coordinator_tasks"
 BROADCAST_INTAKE = "coordinator_broadcast"
 KINDS = ("task", "rpc", "broadcast")
 KEPT_SECONDS = 60.0
 """How long at least a broadcast is kept that found no coordinator."""
-FORMAT = 1
 VERSION = "1.0.0"
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -54,8 +53,7 @@ _OWNER = ".config"
 _LONGEST_NAME = 200
 
 
-class DirectoryRefused(OSError):
-    """A directory is not safe to use, or cannot be used; the message says what to do about it."""
+DirectoryRefused = whose.DirectoryRefused
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,8 @@ class Layout:
 
     config_path: Path
     pipes: Path
+    owner: whose.Owner
+    """Whose they are."""
 
     @property
     def registry(self) -> Path:
@@ -136,11 +136,14 @@ def establish(profile_name: str, config_path: str | os.PathLike[str], profile_uu
             # Of what a symlink leads to as well: a queue may lie on another disk, but not in another's hands.
             if {os.lstat(directory).st_uid, os.stat(directory).st_uid} != {os.geteuid()}:
                 raise DirectoryRefused(f"{directory} belongs to another user: run this as that user.")
-        _check_format(config / "coordinator", profile_name, profile_uuid)
+        owner, queue = whose.Owner(profile_name, profile_uuid), config / "coordinator"
+        if whose.read(queue) is None:
+            _adopt(queue)
+        owner.take(queue)
         recorded = _recorded(config)
-        if recorded is not None and _belongs(recorded, config):
-            return Layout(config, recorded)
-        return Layout(config, _choose(profile_name, config))
+        if recorded is None or not _belongs(recorded, config):
+            recorded = _choose(profile_name, config)
+        return Layout(config, recorded, owner)
     except DirectoryRefused:
         raise
     except OSError as error:
@@ -171,20 +174,20 @@ def remake(layout: Layout) -> None:
 def locate(config_path: str | os.PathLike[str]) -> Layout | None:
     """Find the directories of a configuration without making any; `None` where no broker has ever run."""
     config = _real(config_path)
-    recorded = _recorded(config)
+    recorded, said = _recorded(config), read_format(config)
+    owner = whose.Owner(str(said.get("profile")), said.get("uuid"))
     if recorded is not None and not _is_anothers(recorded, config):
-        return Layout(config, recorded)
+        return Layout(config, recorded, owner)
     # Somebody may have removed {config}/pipes; the queue is still there to be looked at.
-    said = _read_format(config / "coordinator")
-    if said is None:
+    if not said:
         return None
-    plain, own = _candidates(str(said.get("profile")), config)
-    return Layout(config, own if _is_anothers(plain, config) or _belongs(own, config) else plain)
+    plain, own = _candidates(owner.profile, config)
+    return Layout(config, own if _is_anothers(plain, config) or _belongs(own, config) else plain, owner)
 
 
 def read_format(config_path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what the queue in a configuration directory says of itself (``format``); nothing, if it says nothing."""
-    return _read_format(_real(config_path) / "coordinator") or {}
+    return whose.read(_real(config_path) / "coordinator") or {}
 
 
 def configurations() -> Iterator[tuple[Path, Path]]:
@@ -221,57 +224,6 @@ def remove_pipes(pipes: Path) -> None:
 
 def _real(config_path: str | os.PathLike[str]) -> Path:
     return Path(os.path.realpath(Path(config_path).expanduser()))
-
-
-def _check_format(queue: Path, profile: str, profile_uuid: str | None) -> None:
-    said = _read_format(queue)
-    ours = {"format": FORMAT, "profile": profile, "uuid": profile_uuid}
-    if said is None:
-        _adopt(queue)
-        draft = queue / f".format.{uuid.uuid4().hex}"
-        files.write_whole(draft, json.dumps(ours).encode(), durable=True)
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, queue / "format")
-        draft.unlink()
-        said = _read_format(queue)
-    if said is None:
-        # A loss of power may leave the name of a file whose content never came to the disk.
-        files.write_whole(queue / "format", json.dumps(ours).encode(), durable=True)
-        said = ours
-    if said.get("format") != FORMAT:
-        raise DirectoryRefused(_other_format(queue, said))
-    if said.get("profile") != profile:
-        raise DirectoryRefused(
-            f"{queue} belongs to the profile '{said.get('profile')!s:.200}', not to '{profile}': name that profile, or "
-            "another configuration directory."
-        )
-    _refuse_another_uuid(queue, said, profile_uuid)
-    if said.get("uuid") is None and profile_uuid is not None:
-        files.write_whole(queue / "format", json.dumps(ours).encode(), durable=True)
-
-
-def _refuse_another_uuid(queue: Path, said: dict[str, Any], profile_uuid: str | None) -> None:
-    if None not in (said.get("uuid"), profile_uuid) and said["uuid"] != profile_uuid:
-        raise DirectoryRefused(
-            f"{queue} belongs to another profile that was called '{said.get('profile')!s:.200}' too: set it aside by "
-            f"'mv {queue} {queue}.old', or delete it by the command 'delete'."
-        )
-
-
-def _other_format(queue: Path, said: dict[str, Any]) -> str:
-    return (
-        f"{queue} has format {said.get('format')!r:.40}, and this version knows {FORMAT}: use the version that "
-        f"made it, or set it aside by 'mv {queue} {queue}.old'."
-    )
-
-
-def _read_format(queue: Path) -> dict[str, Any] | None:
-    """Return what a queue says of itself; `None` if it says nothing."""
-    try:
-        said = json.loads(files.read(queue / "format"))
-    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
-        return None
-    return said if isinstance(said, dict) and "format" in said else None
 
 
 def _adopt(queue: Path) -> None:
@@ -347,9 +299,9 @@ def check_format(layout: Layout) -> None:
 
     :raises DirectoryRefused: it is not; the message says what to do.
     """
-    said = read_format(layout.config_path)
-    if said and said["format"] != FORMAT:
-        raise DirectoryRefused(_other_format(layout.queue, said))
+    said = whose.read(layout.queue)
+    if said is not None:
+        whose.check_format(layout.queue, said)
 
 
 def check(layout: Layout, profile_uuid: str | None) -> None:
@@ -358,8 +310,9 @@ def check(layout: Layout, profile_uuid: str | None) -> None:
     :param profile_uuid: what tells the profile from another one that had its name; `None` matches all.
     :raises DirectoryRefused: one may not; the message says why, and what to do.
     """
-    check_format(layout)
-    _refuse_another_uuid(layout.queue, read_format(layout.config_path), profile_uuid)
+    said = whose.read(layout.queue)
+    if said is not None:
+        whose.Owner(layout.owner.profile, profile_uuid).check(layout.queue, said)
     if os.path.lexists(layout.pipes) and not _belongs(layout.pipes, layout.config_path):
         raise DirectoryRefused(f"{layout.pipes} belongs to somebody else now: restart all that runs here.")
 

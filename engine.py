@@ -102,7 +102,7 @@ class Receiver:
     def rung(self, reader: fifo.Reader, data: bytes) -> None:
         """Tasks wait."""
         message = self._unpacked(reader, data)
-        if message is not None:
+        if message is not None and self._engine.upkeep.has_queue():
             self._use(reader, self._engine.tasks.rung, message)
 
     def _use(self, reader: fifo.Reader, take: Callable[[frames.Message], None], message: frames.Message) -> None:
@@ -160,6 +160,66 @@ class Unrung:
         return [(calls[name], name) for name in calls.keys() & before]
 
 
+class Upkeep:
+    """Looks every ten seconds whether everything of a communicator is as it should be. In the selector thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._unrung = Unrung(engine.layout.pipes)
+
+    def look(self) -> None:
+        """Look, and do so again in ten seconds."""
+        self._engine.poller.later(LOOK_SECONDS, self.look)
+        if self._engine.is_forsaken():
+            self._engine.close_soon()
+        self.look_once()
+
+    def look_once(self) -> None:
+        """Do each step, whatever becomes of the others; but none in a queue that is another profile's now."""
+        engine = self._engine
+        if not self.has_queue():
+            return
+        for step in (
+            functools.partial(directories.remake, engine.layout),
+            engine.look_at_pipes,
+            engine.subscriptions.look,
+            engine.holdings.look,
+            engine.tasks.look,
+            engine.post.ways.look,
+            engine.find_answers,
+            self._find_calls,
+            self._ask_after_recipients,
+        ):
+            try:
+                step()
+            except Exception as error:
+                _LOGGER.error("%s cannot look after itself: %s: %s", engine.name, type(error).__name__, error)
+
+    def has_queue(self) -> bool:
+        """Say whether the queue is still ours; where it is another profile's, close."""
+        engine = self._engine
+        try:
+            engine.layout.owner.keep(engine.layout.queue)
+        except directories.DirectoryRefused as error:
+            _LOGGER.error("%s closes: %s", engine.name, error)
+            engine.close_soon()
+            return False
+        except OSError as error:
+            _LOGGER.error("%s cannot look after its queue: %s", engine.name, error)
+        return True
+
+    def _find_calls(self) -> None:
+        for receiver, name in self._unrung.due() if self._engine.messages.rpc else ():
+            self._engine.subscriptions.inject(receiver, frames.claim_check(name))
+
+    def _ask_after_recipients(self) -> None:
+        for way in self._engine.calls.ways():
+            if isinstance(way, fifo.Writer):
+                owner, layout = directories.pipe_owner(way.path.name) or "", self._engine.layout
+                if os.path.lexists(layout.lock(owner)) and not presence.is_alive(layout, owner):
+                    self._engine.on_death(way)
+
+
 class Engine:
     """All of a communicator that its threads know."""
 
@@ -179,11 +239,11 @@ class Engine:
         self._facade = facade
         self.codec = codec
         self.reply = directories.reply_pipe()
-        self._name = worker_id or self.reply
+        self.name = worker_id or self.reply
         self._done = False
-        self._unrung = Unrung(layout.pipes)
-        self._callbacks = Lane(f"pipebroker callbacks {self._name}")
-        self.decoding = Lane(f"pipebroker decoding {self._name}")
+        self.upkeep = Upkeep(self)
+        self._callbacks = Lane(f"pipebroker callbacks {self.name}")
+        self.decoding = Lane(f"pipebroker decoding {self.name}")
         self.poller = Poller()
         try:
             self._assemble(fsync)
@@ -199,7 +259,7 @@ class Engine:
             self._pipes.open(self.reply, self._receiver.answered)
             if worker_id is not None:
                 self.subscriptions.live(worker_id)
-            self.poller.call_later(random.random() * LOOK_SECONDS, self._look)
+            self.poller.call_later(random.random() * LOOK_SECONDS, self.upkeep.look)
             self._thread.start()
         except BaseException:
             _engines.discard(self)
@@ -210,18 +270,18 @@ class Engine:
             raise
 
     def _assemble(self, fsync: bool) -> None:
-        self._thread = threading.Thread(target=self._run, name=f"pipebroker {self._name}", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"pipebroker {self.name}", daemon=True)
         # The lane is started where the caller can be told that there is no room for a thread.
         prepare = self.decoding.start if self.codec.runs_user_code else lambda: None
         self.calls = Calls(self._callbacks, self.codec.decode, prepare, self.poller.call_later)
-        self.post = Post(self.layout, self.poller, self.codec, self._on_death)
+        self.post = Post(self.layout, self.poller, self.codec, self.on_death)
         self._reports = Reports(
             self.post, self.poller, lambda: {"worker": self.subscriptions.worker_id, "reply": self.reply}
         )
-        self.holdings = Holdings(self.post, self._reports, Lane(f"pipebroker tasks {self._name}"))
+        self.holdings = Holdings(self.post, self._reports, Lane(f"pipebroker tasks {self.name}"))
         self.tasks = TaskSubscribers(self.holdings, self._reports, self.post, self.codec, self._facade)
         self.messages = MessageSubscribers(
-            self.post, self.codec, Lane(f"pipebroker messages {self._name}"), self._facade
+            self.post, self.codec, Lane(f"pipebroker messages {self.name}"), self._facade
         )
         self._lanes = (self.tasks.lane, self.messages.lane, self.decoding, self._callbacks)
         self._receiver = receiver = Receiver(self)
@@ -236,6 +296,7 @@ class Engine:
     def send_task(self, side: Side, body: Any, no_reply: bool) -> Reply | None:
         """Put a task on the disk and ring the coordinator."""
         self.subscriptions.ensure_open()
+        self.layout.owner.keep(self.layout.queue)
         correlation_id, future = (None, None) if no_reply else self.calls.expect(None)
         try:
             document = {"body": body, "no_reply": bool(no_reply), "reply_to": None, "correlation_id": correlation_id}
@@ -265,6 +326,7 @@ class Engine:
 
     def pull(self, side: Side) -> taskqueue.Task | None:
         """Claim the oldest waiting task; `None` if none waits."""
+        self.layout.owner.keep(self.layout.queue)
         self.subscriptions.hold(side)
         bury = functools.partial(burial.bury_claimants, self.layout, side.queue)
         task = self.holdings.pull(side, bury)
@@ -275,6 +337,7 @@ class Engine:
 
     def pull_each(self, side: Side) -> Iterator[taskqueue.Task]:
         """Claim waiting tasks, oldest first, until there are none that have not been offered."""
+        self.layout.owner.keep(self.layout.queue)
         self.subscriptions.hold(side)
         self.poller.catch_up()
         burial.bury_claimants(self.layout, side.queue)
@@ -293,6 +356,19 @@ class Engine:
 
     # The selector thread
 
+    def is_forsaken(self) -> bool:
+        """Say whether the communicator is gone: a signal handler has raised where it was made."""
+        return self._facade() is None
+
+    def look_at_pipes(self) -> None:
+        """Make our reply pipe again, should somebody have removed it."""
+        self._pipes.look()
+
+    def find_answers(self) -> None:
+        """Take the answers that were left on the disk for us."""
+        if self.calls:
+            self._pipes.find_bodies(self.reply)
+
     def _run(self) -> None:
         try:
             while not self._done:
@@ -300,61 +376,22 @@ class Engine:
         finally:
             self._tear_down()
 
-    def _on_death(self, writer: fifo.Writer) -> None:
+    def on_death(self, writer: fifo.Writer) -> None:
+        """Fail the calls to somebody who has died, once what it has answered is read."""
         if writer in self.calls.ways():
             # What the recipient wrote before it died is in our pipe by now, or on the disk.
             self._pipes.drain(self.reply)
             try:
-                self._find_answers()
+                self.find_answers()
             except OSError as error:
-                _LOGGER.error("%s cannot look for answers now: %s", self._name, error)
-                self.poller.later(1.0, functools.partial(self._on_death, writer))
+                _LOGGER.error("%s cannot look for answers now: %s", self.name, error)
+                self.poller.later(1.0, functools.partial(self.on_death, writer))
                 return
             fail = functools.partial(self.calls.fail, writer, kiwipy.DeliveryFailed("the recipient died or closed"))
             if self.codec.runs_user_code:
                 self.decoding.put(fail)  # After the answers that are still being decoded.
             else:
                 fail()
-
-    # Looking after oneself
-
-    def _look(self) -> None:
-        self.poller.later(LOOK_SECONDS, self._look)
-        if self._facade() is None:
-            self.close_soon()  # A signal handler has raised where it was made.
-        self._look_once()
-
-    def _look_once(self) -> None:
-        for step in (
-            functools.partial(directories.remake, self.layout),
-            self._pipes.look,
-            self.subscriptions.look,
-            self.holdings.look,
-            self.tasks.look,
-            self.post.ways.look,
-            self._find_answers,
-            self._find_calls,
-            self._ask_after_recipients,
-        ):
-            try:
-                step()
-            except Exception as error:
-                _LOGGER.error("%s cannot look after itself: %s: %s", self._name, type(error).__name__, error)
-
-    def _find_answers(self) -> None:
-        if self.calls:
-            self._pipes.find_bodies(self.reply)
-
-    def _find_calls(self) -> None:
-        for receiver, name in self._unrung.due() if self.messages.rpc else ():
-            self.subscriptions.inject(receiver, frames.claim_check(name))
-
-    def _ask_after_recipients(self) -> None:
-        for way in self.calls.ways():
-            if isinstance(way, fifo.Writer):
-                owner = directories.pipe_owner(way.path.name) or ""
-                if os.path.lexists(self.layout.lock(owner)) and not presence.is_alive(self.layout, owner):
-                    self._on_death(way)
 
     # The end
 
@@ -405,7 +442,7 @@ class Engine:
             try:
                 step()
             except Exception:
-                say("Closing %s went wrong", self._name)
+                say("Closing %s went wrong", self.name)
         self.tasks.lane.stop()
         self.messages.lane.stop()
         self._callbacks.finish()

@@ -206,6 +206,14 @@ def is_alive(layout: Layout, worker_id: str) -> bool:
     return _said_by_holder(layout.lock(worker_id)) is not None
 
 
+def is_stopped(pid: object) -> bool:
+    """Say whether a process is stopped (proc(5), stat); where the kernel does not tell, it is not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    except (OSError, IndexError):
+        return False
+
+
 def _said_by_holder(path: Path) -> bytes | None:
     """Return what stands in a lock file that somebody holds; `None` if nobody does."""
     try:

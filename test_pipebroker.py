@@ -32,6 +32,7 @@ import control_tasks
 import directories
 import discovery
 import frames
+import whose
 from harness import HERE, HOLDER, PULLER, RECORDER, SENDER, TIMEOUT, WORKER, Broker, eventually, recorded
 from pipebroker import DEFAULT_QUEUE, PipeCommunicator
 
@@ -685,7 +686,7 @@ def test_directories_that_are_made_again_are_for_their_owner_alone(broker: Broke
     worker = broker.communicator("worker")
     worker.add_task_subscriber(lambda *_: None)
     shutil.rmtree(broker.config_path / removed)
-    worker._engine.poller.call(worker._engine._look_once)
+    worker._engine.poller.call(worker._engine.upkeep.look_once)
     eventually(lambda: (broker.queue / "claimed" / "worker" / "lock").exists())
     eventually(lambda: (broker.config_path / "pipes" / "worker_worker.json").exists())
     assert open_to_others(broker) == []
@@ -699,7 +700,7 @@ def test_queue_of_another_profile_of_the_same_name_is_refused(broker: Broker) ->
     with pytest.raises(directories.DirectoryRefused) as refused:
         broker.communicator(profile_uuid="second")
     assert f"another profile that was called '{broker.profile}'" in str(refused.value)
-    assert f"'mv {broker.queue} {broker.queue}.old', or delete it" in str(refused.value)
+    assert f"set it aside by 'mv {broker.queue} {broker.queue}.old', or delete it" in str(refused.value)
 
 
 def test_queue_takes_the_first_uuid_that_it_is_given(broker: Broker) -> None:
@@ -713,11 +714,11 @@ def test_queue_takes_the_first_uuid_that_it_is_given(broker: Broker) -> None:
 @pytest.mark.parametrize("step", [1, -1])
 def test_queue_in_another_format_is_refused(broker: Broker, step: int) -> None:
     broker.communicator().close()
-    said, number = json.loads((broker.queue / "format").read_text()), directories.FORMAT + step
+    said, number = json.loads((broker.queue / "format").read_text()), whose.FORMAT + step
     (broker.queue / "format").write_text(json.dumps({**said, "format": number}))
     with pytest.raises(directories.DirectoryRefused) as refused:
         broker.communicator()
-    sentence = f"{broker.queue} has format {number}, and this version knows {directories.FORMAT}: use the version that "
+    sentence = f"{broker.queue} has format {number}, and this version knows {whose.FORMAT}: use the version that "
     assert sentence in str(refused.value)
     broker.stack.callback(control.stop, broker.config_path)
     assert sentence in broker.run("start", status=1)

@@ -35,6 +35,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 MODULES = (
     "files.py",
+    "whose.py",
     "directories.py",
     "presence.py",
     "frames.py",

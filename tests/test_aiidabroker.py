@@ -20,6 +20,7 @@ import pytest
 import control
 import directories
 import pipebroker
+import presence
 from harness import TIMEOUT, Broker, eventually
 
 if importlib.util.find_spec("aiida") is None:
@@ -214,6 +215,49 @@ def test_verdi_status_starts_nothing_and_says_that_nobody_serves(
     assert not pipe_broker.get_communicator().is_closed()
 
 
+def test_verdi_status_says_that_the_coordinator_is_stopped(
+    aiidabroker: ModuleType, made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aiidabroker.click, "get_current_context", Command("verdi", "status"))
+    pid = broker.start()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        eventually(lambda: presence.is_stopped(pid))
+        with pytest.raises(ConnectionError, match=f"'kill -CONT {pid}'"):
+            made().get_communicator()
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert not made().get_communicator().is_closed()
+
+
+def test_verdi_status_starts_and_advises_nothing_in_another_profiles_queue(
+    aiidabroker: ModuleType, made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe_broker = made()
+    broker.communicator(profile_uuid="1" * 32).close()
+    configuration = broker.config_path.parent.parent / "config.json"
+    configuration.write_text(json.dumps({"profiles": {broker.profile: {"PROFILE_UUID": "2" * 32}}}))
+    monkeypatch.setattr(aiidabroker.click, "get_current_context", Command("verdi", "status"))
+    with pytest.raises(ConnectionError, match="belongs to another profile"):
+        pipe_broker.get_communicator()
+
+
+def test_many_threads_that_ask_at_once_get_one_communicator(made: Callable[..., Any]) -> None:
+    pipe_broker, together = made(autostart=False), threading.Barrier(16)
+    found = list[Any]()
+
+    def ask() -> None:
+        together.wait(TIMEOUT)
+        found.append(pipe_broker.get_communicator())
+
+    threads = [threading.Thread(target=ask) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT)
+    assert len(found) == 16 and len(set(map(id, found))) == 1
+
+
 @pytest.mark.parametrize("names", [("verdi", "process", "status"), ("verdi", "run"), ("other", "status"), ()])
 def test_any_other_command_starts_a_coordinator_that_ends_when_it_is_not_needed(
     aiidabroker: ModuleType,
@@ -255,13 +299,49 @@ def test_an_older_coordinator_is_replaced_when_the_first_worker_comes(
     communicator = pipe_broker.get_communicator()
     assert broker.status()["pid"] == first
     communicator.add_task_subscriber(lambda _, body: body)
+    eventually(lambda: broker.status()["pid"] not in (first, None))
     second = broker.status()
-    assert second["pid"] not in (first, None) and second["idle"] == idle
+    assert second["idle"] == idle
     assert future.result(TIMEOUT) == "waits"
     # Whoever is of today, or newer, stays.
     monkeypatch.setattr(aiidabroker.directories, "VERSION", "0.9.9")
     communicator.add_task_subscriber(lambda _, body: body)
     assert broker.status()["pid"] == second["pid"]
+
+
+def test_an_older_coordinator_that_is_stopped_is_replaced_when_it_goes_on(
+    aiidabroker: ModuleType, made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = broker.start()
+    monkeypatch.setattr(aiidabroker.directories, "VERSION", "1.10.0")
+    monkeypatch.setattr(aiidabroker, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(control, "_PATIENCE_SECONDS", 0.1)
+    communicator, subscribed, given_up, stop = (
+        made().get_communicator(),
+        threading.Event(),
+        threading.Event(),
+        control.stop,
+    )
+
+    def stopped(*arguments: Any) -> Any:
+        subscribed.wait(TIMEOUT)
+        try:
+            return stop(*arguments)
+        finally:
+            given_up.set()
+
+    monkeypatch.setattr(control, "stop", stopped)
+    os.kill(first, signal.SIGSTOP)
+    try:
+        # It is not waited for.
+        communicator.add_task_subscriber(lambda _, body: body)
+        subscribed.set()
+        future = communicator.task_send("waits")
+        assert given_up.wait(TIMEOUT)
+    finally:
+        os.kill(first, signal.SIGCONT)
+    eventually(lambda: broker.status()["pid"] not in (first, None))
+    assert future.result(TIMEOUT) == "waits"
 
 
 @pytest.mark.parametrize("what", ["no autostart", "nothing said"])

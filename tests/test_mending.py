@@ -37,7 +37,7 @@ def is_sent(communicator: Any) -> bool:
 
 
 def look(communicator: Any) -> None:
-    communicator._engine.poller.call(communicator._engine._look_once)
+    communicator._engine.poller.call(communicator._engine.upkeep.look_once)
     assert communicator._engine.poller.catch_up()
 
 
@@ -107,7 +107,7 @@ worker.add_broadcast_subscriber(lambda _, body, *rest: heard.append(body))
 print("ready"); sys.stdin.readline()
 end = time.monotonic() + 20
 while len(heard) < 3000 and time.monotonic() < end:
-    worker._engine.poller.call(worker._engine._look_once)
+    worker._engine.poller.call(worker._engine.upkeep.look_once)
     time.sleep(0.1)
 print(len(heard), len(set(heard))); sys.stdin.read(); worker.close()
 """)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ import control
 import control_doctor
 import control_profiles
 import directories
+import pipebroker
 import sharing
 from harness import COORDINATOR, TIMEOUT, Broker, eventually
 
@@ -131,6 +133,85 @@ def test_a_queue_that_says_no_uuid_is_anybodys_who_has_its_name(broker: Broker, 
     broker.communicator().close()
     assert directories.read_format(broker.config_path)["uuid"] is None
     assert control_doctor.examine(broker.config_path) == []
+
+
+def looked_after(communicator: Any) -> None:
+    """Have a communicator look after itself, as it does every ten seconds, and wait until it has."""
+    looked = threading.Event()
+    communicator._engine.poller.call(communicator._engine.upkeep.look_once)
+    communicator._engine.poller.call(looked.set)
+    looked.wait(1.0)  # If it closes, nobody sets it.
+
+
+def test_who_lives_on_from_the_old_profile_touches_nothing_of_the_new_one(
+    broker: Broker, caplog: pytest.LogCaptureFixture
+) -> None:
+    old, idle = broker.communicator("old", profile_uuid=OLD), broker.communicator("idle", profile_uuid=OLD)
+    received = list[Any]()
+    idle.add_task_subscriber(lambda _, body: received.append(body))
+    broker.queue.rename(f"{broker.queue}.old")
+    new = broker.communicator("new", profile_uuid=NEW)
+    with pytest.raises(directories.DirectoryRefused, match="belongs to another profile"):
+        old.task_send("old")
+    with pytest.raises(directories.DirectoryRefused, match="belongs to another profile"):
+        next(iter(old.task_queue("kiwipy.tasks")))
+    broker.start()
+    new.task_send("new", no_reply=True)
+    for communicator in (old, idle):
+        looked_after(communicator)
+        eventually(communicator.is_closed)
+    assert "closes" in caplog.text and received == []
+    assert len(broker.tasks("waiting")) == 1 and not (broker.queue / "claimed" / "idle").exists()
+    assert [task.body for task in new.task_queue("kiwipy.tasks")] == ["new"]
+
+
+@pytest.mark.parametrize("how", ["send", "look"])
+def test_whoever_is_there_first_has_a_queue_that_was_made_again(broker: Broker, how: str) -> None:
+    old = broker.communicator("old", profile_uuid=OLD)
+    broker.queue.rename(f"{broker.queue}.old")
+    if how == "send":
+        old.task_send("old", no_reply=True)
+    else:
+        looked_after(old)
+    assert directories.read_format(broker.config_path)["uuid"] == OLD
+    with pytest.raises(directories.DirectoryRefused, match="when nothing of that one runs any more"):
+        broker.communicator(profile_uuid=NEW)
+
+
+def test_the_command_that_sets_a_queue_aside_can_be_pasted(tmp_path: Path) -> None:
+    config_path = tmp_path / "it's $HOME; a profile"
+    pipebroker.PipeCommunicator("pasted", config_path, profile_uuid=OLD).close()
+    with pytest.raises(directories.DirectoryRefused) as refused:
+        pipebroker.PipeCommunicator("pasted", config_path, profile_uuid=NEW)
+    command = str(refused.value).partition("set it aside by '")[2].partition("', or delete it")[0]
+    subprocess.run(command, shell=True, check=True)
+    assert sorted(os.listdir(config_path)) == ["coordinator.old", "pipes"]
+    pipebroker.PipeCommunicator("pasted", config_path, profile_uuid=NEW).close()
+    directories.remove_pipes(Path("/tmp/aiida_pasted_pipes"))
+
+
+def test_a_profile_keeps_its_queue_when_it_is_renamed(broker: Broker, tmp_path: Path) -> None:
+    directory = configuration(tmp_path, broker.profile, current=broker.profile, uuid=OLD)
+    broker.config_path = directory / "profiles" / broker.profile
+    broker.communicator(profile_uuid=OLD).task_send("waits", no_reply=True)
+    broker.stack.close()
+    directories.remove_pipes(broker.pipes)
+    broker.profile += "-renamed"
+    configuration(tmp_path, broker.profile, current=broker.profile, uuid=OLD)
+    broker.config_path = broker.config_path.rename(directory / "profiles" / broker.profile)
+    assert json.loads(say(tmp_path, "status", "--json").stdout)["tasks"]["waiting"] == 1
+    assert "belongs to" not in say(tmp_path, "doctor").stdout
+    assert "Started" in say(tmp_path, "start").stdout
+    broker.stack.callback(control.stop, broker.config_path)
+    assert directories.read_format(broker.config_path)["profile"] == broker.profile
+    assert [task.body for task in broker.communicator(profile_uuid=OLD).task_queue("kiwipy.tasks")] == ["waits"]
+
+
+def test_a_directory_of_another_name_says_which_profile_to_name(broker: Broker) -> None:
+    broker.communicator().close()
+    said = say(broker.config_path, "--profile", "other", "--config-path", str(broker.config_path), "status")
+    assert said.returncode == 1 and f"belongs to the profile '{broker.profile}'" in said.stderr
+    assert "name that one by --profile" in said.stderr
 
 
 # How long it stays

@@ -27,6 +27,7 @@ import pytest
 
 import directories
 import engine
+import whose
 from harness import ECHO, HERE, HOLDER, RECORDER, TIMEOUT, WORKER, Broker, eventually, recorded
 from test_operating import OTHER_USER, root, serving
 
@@ -1531,7 +1532,7 @@ def test_a_field_more_in_format_changes_nothing(broker: Broker) -> None:
     said = json.loads((broker.queue / "format").read_text())
     (broker.queue / "format").write_text(json.dumps({**said, "colour": "green"}))
     broker.communicator().close()
-    assert said["format"] == directories.FORMAT
+    assert said["format"] == whose.FORMAT
 
 
 # The session

@@ -489,7 +489,7 @@ def test_encoder_may_wait_for_a_reply(served: Broker) -> None:
 
     def encode(value: Any) -> Any:
         # As the selector thread does every ten seconds, meanwhile.
-        worker._engine.poller.call(worker._engine._look_once)
+        worker._engine.poller.call(worker._engine.upkeep.look_once)
         return other.rpc_send("echo", str(value)).result(TIMEOUT)
 
     worker = served.communicator(encoder=encode)
@@ -523,7 +523,7 @@ def test_unsubscription_whose_entry_could_not_be_written_is_registered_later(bro
     worker.remove_broadcast_subscriber(identifier)
     registry.unlink()
     (broker.config_path / "away").rename(registry)
-    worker._engine.poller.call(worker._engine._look_once)
+    worker._engine.poller.call(worker._engine.upkeep.look_once)
     eventually(lambda: '"broadcast": false' in (registry / "worker_worker.json").read_text())
 
 
@@ -551,10 +551,10 @@ def test_new_life_that_could_not_begin_at_once_begins_later(served: Broker, pipe
         assert layout is not None
         other = presence.WorkerLock.take(layout, "old", make=True)
         assert other is not None
-        engine.poller.call(engine._look_once)
+        engine.poller.call(engine.upkeep.look_once)
         eventually(lambda: failed)
         other.release()
-        engine.poller.call(engine._look_once)
+        engine.poller.call(engine.upkeep.look_once)
         sender = served.communicator()
         assert sender.task_send("body").result(TIMEOUT) == "body"
         assert sender.rpc_send("rpc", "body").result(TIMEOUT) == "body"
@@ -588,7 +588,7 @@ def test_large_call_is_not_taken_for_a_lost_one_before_its_turn(broker: Broker) 
 
     def send_and_look() -> None:
         sent.extend(sender.rpc_send("rpc", [number, "x" * (10_000 * (number % 2))]) for number in range(40))
-        engine._look_once()
+        engine.upkeep.look_once()
 
     engine.poller.call(send_and_look)
     eventually(lambda: len(sent) == 40)
@@ -603,7 +603,7 @@ def test_large_call_whose_doorbell_is_lost_is_found(broker: Broker) -> None:
     receiver.add_rpc_subscriber(lambda _, body: got.append(body), "rpc")
     (broker.pipes / f"body_rpc_worker.{32 * 'a'}").write_text(json.dumps({"to": "rpc", "body": "lost"}))
     for _ in range(2):
-        receiver._engine.poller.call(receiver._engine._look_once)
+        receiver._engine.poller.call(receiver._engine.upkeep.look_once)
     assert eventually(lambda: got) == ["lost"]
 
 
@@ -613,7 +613,7 @@ def test_old_pipes_are_closed_when_their_last_writer_has_gone(broker: Broker) ->
     worker.add_task_subscriber(lambda _, body: body)
 
     def look() -> None:
-        worker._engine.poller.call(worker._engine._look_once)
+        worker._engine.poller.call(worker._engine.upkeep.look_once)
         assert worker._engine.poller.catch_up()
 
     look()

@@ -1,0 +1,145 @@
+"""Whose a queue is, and in which format: what stands in its file ``format``.
+
+Strategy: whoever uses a queue first writes the file, and everybody after that reads it. A profile is told from others
+by its UUID where it has one, so that it keeps its queue when it is renamed, and one that is made anew under its name
+does not get it.
+
+Rules:
+- A queue of another profile, or in another format, is refused with what to do about it; nothing in it is touched.
+- Whoever uses one looks again, now and then and with each task that it sends: a queue can be moved away, and another
+  profile's may come in its place.
+
+This module knows nothing of what else lies in a queue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING or not __package__:
+    import files
+else:
+    from . import files
+
+FORMAT = 1
+
+
+class DirectoryRefused(OSError):
+    """A directory is not safe to use, or cannot be used; the message says what to do about it."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A profile, as its queue knows it."""
+
+    profile: str
+    uuid: str | None = None
+    """What tells it from another one that had its name; `None` matches all."""
+
+    def take(self, queue: Path) -> None:
+        """Have a queue that is this profile's: it takes its name where it had another, and its UUID where it had none.
+
+        :raises DirectoryRefused: it is another's, or in another format.
+        :raises OSError: it cannot be read or written.
+        """
+        said = self._establish(queue)
+        if self.uuid is not None and (said.get("profile"), said.get("uuid")) != (self.profile, self.uuid):
+            files.write_whole(queue / "format", self._text(), durable=True)
+
+    def keep(self, queue: Path) -> None:
+        """Have it still; where it is gone, have it made again.
+
+        :raises DirectoryRefused: another profile's has come in its place.
+        :raises OSError: it cannot be read or made.
+        """
+        try:
+            status = os.stat(queue / "format")
+        except FileNotFoundError:
+            files.make_directories(queue)
+            self._establish(queue)
+        else:
+            _establish_once(self, queue, status.st_dev, status.st_ino, status.st_mtime_ns)
+
+    def is_of(self, said: dict[str, Any]) -> bool:
+        """Say whether this name is that of a queue's profile, by what the queue says of itself, or its new name."""
+        return said.get("profile") == self.profile or (self.uuid is not None and said.get("uuid") == self.uuid)
+
+    def check(self, queue: Path, said: dict[str, Any]) -> None:
+        """Refuse a queue that says that it is another's, or in another format.
+
+        :raises DirectoryRefused: that is so.
+        """
+        check_format(queue, said)
+        name = f"{said.get('profile')!s:.200}"
+        if not self.is_of(said):
+            raise DirectoryRefused(
+                f"{queue} belongs to the profile '{name}', not to '{self.profile}': name that profile, or another "
+                "configuration directory."
+            )
+        if None not in (said.get("uuid"), self.uuid) and said["uuid"] != self.uuid:
+            raise DirectoryRefused(
+                f"{queue} belongs to another profile that was called '{name}' too: when nothing of that one runs any "
+                f"more, set it aside by '{_set_aside(queue)}', or delete it by the command 'delete'."
+            )
+
+    def _establish(self, queue: Path) -> dict[str, Any]:
+        said = read(queue)
+        if said is None:
+            # Whose it is, is decided by this one call: it fails with EEXIST for all but one.
+            draft = queue / f".format.{uuid.uuid4().hex}"
+            files.write_whole(draft, self._text(), durable=True)
+            with contextlib.suppress(FileExistsError):
+                os.link(draft, queue / "format")
+            draft.unlink()
+            said = read(queue)
+        if said is None:
+            # A loss of power may leave the name of a file whose content never came to the disk.
+            files.write_whole(queue / "format", self._text(), durable=True)
+            said = json.loads(self._text())
+        self.check(queue, said)
+        return said
+
+    def _text(self) -> bytes:
+        return json.dumps({"format": FORMAT, "profile": self.profile, "uuid": self.uuid}).encode()
+
+
+@functools.lru_cache(maxsize=64)  # It is asked for each task that is sent.
+def _establish_once(owner: Owner, queue: Path, *version: int) -> None:
+    owner._establish(queue)
+
+
+def read(queue: Path) -> dict[str, Any] | None:
+    """Return what a queue says of itself; `None` if it says nothing.
+
+    :raises OSError: it cannot be read.
+    """
+    try:
+        said = json.loads(files.read(queue / "format"))
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return None
+    return said if isinstance(said, dict) and "format" in said else None
+
+
+def check_format(queue: Path, said: dict[str, Any]) -> None:
+    """Refuse a queue in another format than that of this version.
+
+    :raises DirectoryRefused: it is; the message says what to do.
+    """
+    if said.get("format") != FORMAT:
+        raise DirectoryRefused(
+            f"{queue} has format {said.get('format')!r:.40}, and this version knows {FORMAT}: use the version that "
+            f"made it, or set it aside by '{_set_aside(queue)}'."
+        )
+
+
+def _set_aside(queue: Path) -> str:
+    import shlex  # Here, as few need it.
+
+    return shlex.join(["mv", str(queue), f"{queue}.old"])
