@@ -37,7 +37,7 @@ from pipebroker import PipeCommunicator
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user, and mount a small disk")
 OTHER_USER = 12345
 AS_OTHER_USER = f"""
-import contextlib, io, json, kiwipy, multiprocessing, resource, shutil, signal, threading, uuid
+import contextlib, io, json, kiwipy, multiprocessing, resource, shutil, signal, subprocess, threading, uuid
 import control, control_line, control_try, coordinator, directories, discovery, hashlib, pipebroker, service
 for name in ("encodings.idna", "gettext", "json.decoder", "locale", "unicodedata"):
     with contextlib.suppress(ImportError):
