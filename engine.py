@@ -196,10 +196,10 @@ class Upkeep:
                 _LOGGER.error("%s cannot look after itself: %s: %s", engine.name, type(error).__name__, error)
 
     def has_queue(self) -> bool:
-        """Say whether the queue is still ours; where it is another profile's, close."""
+        """Say whether the queue is no other profile's; where it is, close."""
         engine = self._engine
         try:
-            engine.layout.owner.keep(engine.layout.queue)
+            engine.layout.owner.look(engine.layout.queue)
         except directories.DirectoryRefused as error:
             _LOGGER.error("%s closes: %s", engine.name, error)
             engine.close_soon()
@@ -326,7 +326,7 @@ class Engine:
 
     def pull(self, side: Side) -> taskqueue.Task | None:
         """Claim the oldest waiting task; `None` if none waits."""
-        self.layout.owner.keep(self.layout.queue)
+        self.layout.owner.look(self.layout.queue)
         self.subscriptions.hold(side)
         bury = functools.partial(burial.bury_claimants, self.layout, side.queue)
         task = self.holdings.pull(side, bury)
@@ -337,7 +337,7 @@ class Engine:
 
     def pull_each(self, side: Side) -> Iterator[taskqueue.Task]:
         """Claim waiting tasks, oldest first, until there are none that have not been offered."""
-        self.layout.owner.keep(self.layout.queue)
+        self.layout.owner.look(self.layout.queue)
         self.subscriptions.hold(side)
         self.poller.catch_up()
         burial.bury_claimants(self.layout, side.queue)

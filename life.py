@@ -94,6 +94,7 @@ class Life:
         raise kiwipy.DuplicateSubscriberIdentifier(f"worker id '{self.worker_id}' is taken by a live worker")
 
     def _take(self) -> presence.Lock | None:
+        self._layout.owner.keep(self._layout.queue)
         with patient(no_fork):
             lock = presence.WorkerLock.take(self._layout, self.worker_id, make=True)
             if lock is not None:

@@ -53,19 +53,28 @@ class Owner:
         if self.uuid is not None and (said.get("profile"), said.get("uuid")) != (self.profile, self.uuid):
             files.write_whole(queue / "format", self._text(), durable=True)
 
+    def look(self, queue: Path) -> bool:
+        """Say whether it is there, and says whose it is.
+
+        :raises DirectoryRefused: another profile's has come in its place.
+        :raises OSError: it cannot be read.
+        """
+        try:
+            status = os.stat(queue / "format")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        _establish_once(self, queue, status.st_dev, status.st_ino, status.st_mtime_ns)
+        return True
+
     def keep(self, queue: Path) -> None:
-        """Have it still; where it is gone, have it made again.
+        """Have it made again where it is gone.
 
         :raises DirectoryRefused: another profile's has come in its place.
         :raises OSError: it cannot be read or made.
         """
-        try:
-            status = os.stat(queue / "format")
-        except FileNotFoundError:
+        if not self.look(queue):
             files.make_directories(queue)
             self._establish(queue)
-        else:
-            _establish_once(self, queue, status.st_dev, status.st_ino, status.st_mtime_ns)
 
     def is_of(self, said: dict[str, Any]) -> bool:
         """Say whether this name is that of a queue's profile, by what the queue says of itself, or its new name."""

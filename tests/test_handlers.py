@@ -515,7 +515,7 @@ def test_an_engine_that_nobody_owns_ends_when_it_looks_at_itself(served: Broker)
     made = served.communicator("w1")
     engine = made._engine
     engine._facade = lambda: None  # As where a handler raises in the constructor, after the engine is made.
-    engine.poller.call(engine._look)
+    engine.poller.call(engine.upkeep.look)
     eventually(lambda: not engine._thread.is_alive())
     served.communicator("w1").close()
 

@@ -166,13 +166,14 @@ def test_who_lives_on_from_the_old_profile_touches_nothing_of_the_new_one(
 
 
 @pytest.mark.parametrize("how", ["send", "look"])
-def test_whoever_is_there_first_has_a_queue_that_was_made_again(broker: Broker, how: str) -> None:
+def test_whoever_makes_a_queue_again_says_whose_it_is(broker: Broker, how: str) -> None:
     old = broker.communicator("old", profile_uuid=OLD)
     broker.queue.rename(f"{broker.queue}.old")
     if how == "send":
         old.task_send("old", no_reply=True)
     else:
         looked_after(old)
+    assert (broker.queue / "claimed" / "old").exists() == (how == "look")
     assert directories.read_format(broker.config_path)["uuid"] == OLD
     with pytest.raises(directories.DirectoryRefused, match="when nothing of that one runs any more"):
         broker.communicator(profile_uuid=NEW)
