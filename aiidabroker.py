@@ -24,6 +24,7 @@ import os
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,6 @@ NAME = "core.namedpipe"
 """What AiiDA's profiles call it, copied into AiiDA or as a plugin."""
 _SERIALIZED = "aiida.orm.utils.serialize"
 _REVIVE_SECONDS = 1.0
-_LOOK_SECONDS = 10.0
 IDLE_SECONDS = 300
 """For how long a coordinator that was started here serves on where no communicator is."""
 
@@ -93,9 +93,8 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
         super().__init__(profile)
         self._communicator: _BrokerCommunicator | None = None
         self._mutex = threading.RLock()
-        """Guards the communicator, and who replaces a coordinator."""
-        self._renewal: threading.Thread | None = None
-        self._closing = threading.Event()
+        """Guards the communicator."""
+        _brokers.add(self)
         self._revived = float("-inf")
         self.config_path = Path(get_config().dirpath, "profiles", profile.name)
         """The profile's configuration directory."""
@@ -171,13 +170,16 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
         except OSError as error:
             return {"connected": False, "error": f"{type(error).__name__}: {error}"}
 
+    def disown(self) -> None:
+        """Be as new, in a forked child: another thread of the parent may have had the lock."""
+        self._mutex = threading.RLock()
+
     def close(self) -> None:
         """Close the communicator. The coordinator runs on."""
         with self._mutex:
-            self._closing.set()
-            if self._communicator is not None:
-                self._communicator.close()
-                self._communicator = None
+            communicator, self._communicator = self._communicator, None
+        if communicator is not None:
+            communicator.close()
 
     def revive(self) -> None:
         """Start the coordinator again if it has died: one that was stopped has taken its entry with it.
@@ -201,7 +203,7 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
     def renew(self) -> None:
         """Replace a coordinator of an older version, which may not know what this one does. Nothing is raised.
 
-        On a thread, as that one may take long to end, or be stopped.
+        One that is stopped stays, as it could not end now, and might do so when nobody is there to start another.
         """
         try:
             layout = directories.locate(self.config_path)
@@ -209,26 +211,17 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
             # One that has said nothing yet is just starting, and is of today.
             if said is None or "since" not in said or not self._autostart or not _is_older(said.get("version")):
                 return
-            with self._mutex:
-                if self._renewal is None or not self._renewal.is_alive():
-                    self._renewal = threading.Thread(target=self._replace, args=(layout, said), daemon=True)
-                    self._renewal.start()
-        except Exception as error:
-            _LOGGER.warning("The coordinator is of an older version, and cannot be replaced: %s", error)
-
-    def _replace(self, layout: directories.Layout, said: dict[str, Any]) -> None:
-        try:
-            _LOGGER.info("The coordinator has version %s, and is replaced", said.get("version") or "unknown")
-            try:
-                _control().stop(self.config_path, said["pid"])
-            except presence.CoordinatorError as error:
-                _LOGGER.warning("The coordinator is of an older version, and is replaced when it has ended: %s", error)
-                # It was told to, and does so when it goes on; and then nobody else would start one.
-                while presence.coordinator_pid(layout) == said["pid"] and not self._closing.wait(_LOOK_SECONDS):
-                    pass
-            if not self._closing.is_set():
-                # An older one that does not say so has been started here.
-                self._start_coordinator(said.get("idle", self._idle))
+            version = said.get("version") or "unknown"
+            if presence.is_stopped(said["pid"]):
+                _LOGGER.warning(
+                    "The coordinator has version %s, and is stopped: let it go on by 'kill -CONT %d', and then replace "
+                    "it by '%s restart'", version, said["pid"], self._command
+                )  # fmt: skip
+                return
+            _LOGGER.info("The coordinator has version %s, and is replaced", version)
+            _control().stop(self.config_path, said["pid"])
+            # An older one that does not say so has been started here.
+            self._start_coordinator(said.get("idle", self._idle))
         except Exception as error:
             _LOGGER.warning("The coordinator is of an older version, and cannot be replaced: %s", error)
 
@@ -248,7 +241,6 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
     def _connect(self) -> _BrokerCommunicator:
         with self._mutex:
             if self._communicator is None or self._communicator.is_closed():
-                self._closing.clear()
                 self._communicator = _BrokerCommunicator(self._profile, self.config_path, self.revive, self.renew)
             return self._communicator
 
@@ -267,6 +259,17 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
         except Exception as error:
             # Without it everything still works but sharing out tasks, and they are safe on the disk.
             _LOGGER.warning("The coordinator could not be started, so tasks wait on the disk: %s", error)
+
+
+_brokers: weakref.WeakSet[PipeBroker] = weakref.WeakSet()
+
+
+def _disown_copies() -> None:
+    for broker in list(_brokers):
+        broker.disown()
+
+
+os.register_at_fork(after_in_child=_disown_copies)
 
 
 def _control() -> Any:

@@ -108,7 +108,7 @@ def _serve(profile_name: str, layout: directories.Layout, idle: float | None, st
 
     ended = False
     while not ended:
-        coordinator = PipeCoordinator(profile_name, layout.config_path, idle)
+        coordinator = PipeCoordinator(profile_name, layout.config_path, idle, layout.owner.uuid)
         service.answer_signals(log, coordinator.call, coordinator.end)
         try:
             coordinator.run(on_ready, lambda: service.notify("STOPPING=1"))

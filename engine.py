@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -177,7 +178,7 @@ class Upkeep:
     def look_once(self) -> None:
         """Do each step, whatever becomes of the others; but none in a queue that is another profile's now."""
         engine = self._engine
-        if not self.has_queue():
+        if not self.has_queue() and engine.closed:
             return
         for step in (
             functools.partial(directories.remake, engine.layout),
@@ -196,16 +197,18 @@ class Upkeep:
                 _LOGGER.error("%s cannot look after itself: %s: %s", engine.name, type(error).__name__, error)
 
     def has_queue(self) -> bool:
-        """Say whether the queue is no other profile's; where it is, close."""
+        """Say whether the queue is no other profile's, as far as can be seen; where it is, close."""
         engine = self._engine
         try:
-            engine.layout.owner.look(engine.layout.queue)
+            engine.look_at_queue()
         except directories.DirectoryRefused as error:
-            _LOGGER.error("%s closes: %s", engine.name, error)
+            if not engine.closed:
+                _LOGGER.error("%s closes: %s", engine.name, error)
             engine.close_soon()
             return False
         except OSError as error:
-            _LOGGER.error("%s cannot look after its queue: %s", engine.name, error)
+            # Without a descriptor nothing can be claimed; and what cannot be read for long is served as it was.
+            return error.errno not in (errno.EMFILE, errno.ENFILE)
         return True
 
     def _find_calls(self) -> None:
@@ -296,12 +299,12 @@ class Engine:
     def send_task(self, side: Side, body: Any, no_reply: bool) -> Reply | None:
         """Put a task on the disk and ring the coordinator."""
         self.subscriptions.ensure_open()
-        self.layout.owner.keep(self.layout.queue)
         correlation_id, future = (None, None) if no_reply else self.calls.expect(None)
         try:
             document = {"body": body, "no_reply": bool(no_reply), "reply_to": None, "correlation_id": correlation_id}
             text = self.codec.encode(document if no_reply else {**document, "reply_to": self.reply})
             task_id = taskqueue.new_id()
+            self.layout.owner.keep(self.layout.queue)
             side.queue.put(task_id, text, lambda: self.post.ring_task(side.key, task_id))
         except BaseException:
             self.calls.forget(correlation_id)
@@ -326,7 +329,7 @@ class Engine:
 
     def pull(self, side: Side) -> taskqueue.Task | None:
         """Claim the oldest waiting task; `None` if none waits."""
-        self.layout.owner.look(self.layout.queue)
+        self.look_at_queue()
         self.subscriptions.hold(side)
         bury = functools.partial(burial.bury_claimants, self.layout, side.queue)
         task = self.holdings.pull(side, bury)
@@ -337,11 +340,15 @@ class Engine:
 
     def pull_each(self, side: Side) -> Iterator[taskqueue.Task]:
         """Claim waiting tasks, oldest first, until there are none that have not been offered."""
-        self.layout.owner.look(self.layout.queue)
+        self.look_at_queue()
         self.subscriptions.hold(side)
         self.poller.catch_up()
         burial.bury_claimants(self.layout, side.queue)
-        return self.holdings.pull_each(side, self.subscriptions.ensure_open)
+        return self.holdings.pull_each(side, self._look_before_each)
+
+    def _look_before_each(self) -> None:
+        self.subscriptions.ensure_open()
+        self.look_at_queue()
 
     def drain(self, timeout: float | None) -> bool:
         """Take no new tasks, and wait until those in hand are done; say whether they are."""
@@ -355,6 +362,10 @@ class Engine:
         return idle
 
     # The selector thread
+
+    def look_at_queue(self) -> None:
+        """:raises directories.DirectoryRefused: another profile's has come in its place."""
+        self.layout.owner.look(self.layout.queue)
 
     def is_forsaken(self) -> bool:
         """Say whether the communicator is gone: a signal handler has raised where it was made."""

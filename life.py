@@ -182,13 +182,23 @@ class Life:
             self.routes.discard(identifier)
 
     def leave(self) -> None:
-        """Vanish, but for what was claimed, and the lock."""
+        """Vanish, but for what was claimed, and the lock; what has our id now, and is another's, stays."""
+        if self._is_taken():
+            return
         for identifier in list(self.routes):
             self.release_route(identifier)
         files.remove(self._layout.entry(self.worker_id))
 
+    def _is_taken(self) -> bool:
+        """Say whether another has the id: its lock is in place, and none of ours."""
+        in_place = any(map(presence.Lock.is_in_place, self._locks))
+        return not in_place and os.path.lexists(self._layout.lock(self.worker_id))
+
     def end(self) -> None:
         """Close the pipes, and let go of the lock. In the selector thread."""
+        if self._is_taken():
+            self.abandon()
+            return
         try:
             self.pipes.close(and_bodies=True)
             self._locks.sort(key=presence.Lock.is_in_place)

@@ -209,7 +209,8 @@ def is_alive(layout: Layout, worker_id: str) -> bool:
 def is_stopped(pid: object) -> bool:
     """Say whether a process is stopped (proc(5), stat); where the kernel does not tell, it is not."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+        # The name of the program, in parentheses, may be anything.
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"T", b"t")
     except (OSError, IndexError):
         return False
 

@@ -53,7 +53,6 @@ else:
 HOUSEKEEPING_SECONDS = 10.0
 _SLICE_SECONDS = 0.005
 _PATIENCE_SECONDS = 15.0
-_NAMED_AT_ONCE = 10
 
 _LOGGER = logging.getLogger("coordinator")
 
@@ -61,17 +60,24 @@ _LOGGER = logging.getLogger("coordinator")
 class PipeCoordinator:
     """Shares out tasks and fans out broadcasts for one configuration, until it is told to stop."""
 
-    def __init__(self, profile_name: str, config_path: str | os.PathLike[str], idle: float | None = None) -> None:
+    def __init__(
+        self,
+        profile_name: str,
+        config_path: str | os.PathLike[str],
+        idle: float | None = None,
+        profile_uuid: str | None = None,
+    ) -> None:
         """
         :param profile_name: the name of the profile; it names the pipes directory.
         :param config_path: the profile's configuration directory.
         :param idle: for how many seconds it serves on where no communicator is; `None`: as long as it may.
+        :param profile_uuid: what tells this profile from another one that had its name; `None` matches all.
         :raises presence.CoordinatorError: another one runs for this configuration.
         :raises directories.DirectoryRefused: a directory is not safe to use, or cannot be used.
         :raises ValueError: the profile name cannot be used.
         """
         self.profile_name = profile_name
-        self.layout = directories.establish(profile_name, config_path)
+        self.layout = directories.establish(profile_name, config_path, profile_uuid)
         self._lock = presence.CoordinatorLock.take(self.layout)
         try:
             self._poller = Poller()
@@ -88,8 +94,7 @@ class PipeCoordinator:
         self._since = time.time()
         self.company = Company(self.layout, idle)
         self._written = ""
-        self._strangers: set[str] = set()
-        """What was there at the last look and is none of ours."""
+        self._strangers = strangers.Known(self.layout)
 
     def run(self, on_ready: Callable[[], None] = lambda: None, on_end: Callable[[], None] = lambda: None) -> None:
         """Serve until `stop`.
@@ -262,7 +267,7 @@ class PipeCoordinator:
             self._peers.look,
             self._queues.look,
             self._sweep,
-            self._name_strangers,
+            self._strangers.look,
             self._fan_out_kept,
             self._write_entry,
         )
@@ -293,19 +298,6 @@ class PipeCoordinator:
             if removed:
                 _LOGGER.info("Removed %s, which a dead process left", removed)
             yield
-
-    def _name_strangers(self) -> Iterator[None]:
-        found = set()
-        for path in strangers.strangers(self.layout):
-            if path:
-                found.add(path)
-            yield
-        new = sorted(found - self._strangers)
-        self._strangers = found
-        if new:
-            some = ", ".join(map(repr, new[:_NAMED_AT_ONCE]))
-            more = f" and {len(new) - _NAMED_AT_ONCE} more" if len(new) > _NAMED_AT_ONCE else ""
-            _LOGGER.warning("Passed over, as it is none of ours: %s%s", some, more)
 
 
 class Company:

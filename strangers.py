@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -27,9 +28,33 @@ else:
 
 Entry: TypeAlias = "os.DirEntry[str]"
 
+_LOGGER = logging.getLogger(__name__)
+_NAMED_AT_ONCE = 10
 _INTAKES = (directories.TASKS_INTAKE, directories.BROADCAST_INTAKE)
 _QUEUE = re.compile(r"claimed|completed|failed|name")
 _DEFAULT_QUEUE = re.compile(r"claimed|completed|failed|queues|format|paused|coordinator\.lock|coordinator\.log(\.\d)?")
+
+
+class Known:
+    """Those that were there at the last look: each is named in the log once."""
+
+    def __init__(self, layout: directories.Layout) -> None:
+        self._layout = layout
+        self._known: set[str] = set()
+
+    def look(self) -> Iterator[None]:
+        """Look, in steps, and name those that are new."""
+        found = set()
+        for path in strangers(self._layout):
+            if path:
+                found.add(path)
+            yield
+        new = sorted(found - self._known)
+        self._known = found
+        if new:
+            some = ", ".join(map(repr, new[:_NAMED_AT_ONCE]))
+            more = f" and {len(new) - _NAMED_AT_ONCE} more" if len(new) > _NAMED_AT_ONCE else ""
+            _LOGGER.warning("Passed over, as it is none of ours: %s%s", some, more)
 
 
 def strangers(layout: directories.Layout) -> Iterator[str]:

@@ -133,6 +133,7 @@ class Subscriptions:
         with self._mutex:
             side = self._holdings.sides.get(key)
             if side is None:
+                self._layout.owner.look(self._layout.queue)
                 queue = taskqueue.TaskQueue(self._layout.queue_directory(key), name, fsync=self._fsync)
                 queue.make()
                 side = self._holdings.sides.setdefault(key, Side(key, queue, prefetch))

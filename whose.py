@@ -5,9 +5,10 @@ by its UUID where it has one, so that it keeps its queue when it is renamed, and
 does not get it.
 
 Rules:
-- A queue of another profile, or in another format, is refused with what to do about it; nothing in it is touched.
-- Whoever uses one looks again, now and then and with each task that it sends: a queue can be moved away, and another
-  profile's may come in its place.
+- A queue of another profile, or in another format, is refused with what to do about it.
+- A communicator looks again, every ten seconds and with each task that it sends or is offered: a queue can be moved
+  away, and another profile's may come in its place. (A coordinator looks at its lock, which goes with the queue.)
+- Looking writes nothing. What does not say whose it is has been spoilt: it is served on, and mended by who comes next.
 
 This module knows nothing of what else lies in a queue.
 """
@@ -54,7 +55,7 @@ class Owner:
             files.write_whole(queue / "format", self._text(), durable=True)
 
     def look(self, queue: Path) -> bool:
-        """Say whether it is there, and says whose it is.
+        """Say whether it is still there.
 
         :raises DirectoryRefused: another profile's has come in its place.
         :raises OSError: it cannot be read.
@@ -63,7 +64,7 @@ class Owner:
             status = os.stat(queue / "format")
         except (FileNotFoundError, NotADirectoryError):
             return False
-        _establish_once(self, queue, status.st_dev, status.st_ino, status.st_mtime_ns)
+        _check_once(self, queue, status.st_dev, status.st_ino, status.st_mtime_ns)
         return True
 
     def keep(self, queue: Path) -> None:
@@ -104,9 +105,11 @@ class Owner:
             # Whose it is, is decided by this one call: it fails with EEXIST for all but one.
             draft = queue / f".format.{uuid.uuid4().hex}"
             files.write_whole(draft, self._text(), durable=True)
-            with contextlib.suppress(FileExistsError):
-                os.link(draft, queue / "format")
-            draft.unlink()
+            try:
+                with contextlib.suppress(FileExistsError):
+                    os.link(draft, queue / "format")
+            finally:
+                draft.unlink()
             said = read(queue)
         if said is None:
             # A loss of power may leave the name of a file whose content never came to the disk.
@@ -120,8 +123,10 @@ class Owner:
 
 
 @functools.lru_cache(maxsize=64)  # It is asked for each task that is sent.
-def _establish_once(owner: Owner, queue: Path, *version: int) -> None:
-    owner._establish(queue)
+def _check_once(owner: Owner, queue: Path, *version: int) -> None:
+    said = read(queue)
+    if said is not None:
+        owner.check(queue, said)
 
 
 def read(queue: Path) -> dict[str, Any] | None:

@@ -242,6 +242,27 @@ def test_verdi_status_starts_and_advises_nothing_in_another_profiles_queue(
         pipe_broker.get_communicator()
 
 
+def test_a_child_that_is_forked_while_another_thread_asks_can_close(made: Callable[..., Any]) -> None:
+    pipe_broker, asked, go_on = made(autostart=False), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with pipe_broker._mutex:
+            asked.set()
+            go_on.wait(TIMEOUT)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert asked.wait(TIMEOUT)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(int(TIMEOUT))
+        pipe_broker.close()
+        os._exit(0)
+    go_on.set()
+    thread.join(TIMEOUT)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_many_threads_that_ask_at_once_get_one_communicator(made: Callable[..., Any]) -> None:
     pipe_broker, together = made(autostart=False), threading.Barrier(16)
     found = list[Any]()
@@ -309,39 +330,28 @@ def test_an_older_coordinator_is_replaced_when_the_first_worker_comes(
     assert broker.status()["pid"] == second["pid"]
 
 
-def test_an_older_coordinator_that_is_stopped_is_replaced_when_it_goes_on(
-    aiidabroker: ModuleType, made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch
+def test_an_older_coordinator_that_is_stopped_is_not_waited_for_and_serves_when_it_goes_on(
+    aiidabroker: ModuleType,
+    made: Callable[..., Any],
+    broker: Broker,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    first = broker.start()
+    pipe_broker = made()
+    pid = broker.start()
     monkeypatch.setattr(aiidabroker.directories, "VERSION", "1.10.0")
-    monkeypatch.setattr(aiidabroker, "_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(control, "_PATIENCE_SECONDS", 0.1)
-    communicator, subscribed, given_up, stop = (
-        made().get_communicator(),
-        threading.Event(),
-        threading.Event(),
-        control.stop,
-    )
-
-    def stopped(*arguments: Any) -> Any:
-        subscribed.wait(TIMEOUT)
-        try:
-            return stop(*arguments)
-        finally:
-            given_up.set()
-
-    monkeypatch.setattr(control, "stop", stopped)
-    os.kill(first, signal.SIGSTOP)
+    os.kill(pid, signal.SIGSTOP)
     try:
-        # It is not waited for.
+        eventually(lambda: presence.is_stopped(pid))
+        monkeypatch.setattr(control, "stop", refuse)
+        communicator = pipe_broker.get_communicator()
         communicator.add_task_subscriber(lambda _, body: body)
-        subscribed.set()
         future = communicator.task_send("waits")
-        assert given_up.wait(TIMEOUT)
     finally:
-        os.kill(first, signal.SIGCONT)
-    eventually(lambda: broker.status()["pid"] not in (first, None))
-    assert future.result(TIMEOUT) == "waits"
+        os.kill(pid, signal.SIGCONT)
+        monkeypatch.undo()
+    assert future.result(TIMEOUT) == "waits" and broker.status()["pid"] == pid
+    assert f"'kill -CONT {pid}'" in caplog.text and "restart'" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["no autostart", "nothing said"])

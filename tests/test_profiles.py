@@ -15,9 +15,10 @@ import control
 import control_doctor
 import control_profiles
 import directories
+import frames
 import pipebroker
 import sharing
-from harness import COORDINATOR, TIMEOUT, Broker, eventually
+from harness import COORDINATOR, HOARD, TIMEOUT, Broker, eventually
 
 OLD, NEW = "1" * 32, "2" * 32
 
@@ -163,6 +164,98 @@ def test_who_lives_on_from_the_old_profile_touches_nothing_of_the_new_one(
     assert "closes" in caplog.text and received == []
     assert len(broker.tasks("waiting")) == 1 and not (broker.queue / "claimed" / "idle").exists()
     assert [task.body for task in new.task_queue("kiwipy.tasks")] == ["new"]
+
+
+def test_a_loop_over_a_queue_ends_where_another_profiles_has_come_in_its_place(broker: Broker) -> None:
+    old = broker.communicator(profile_uuid=OLD)
+    for number in range(3):
+        old.task_send(number, no_reply=True)
+    taken = list[Any]()
+    with pytest.raises(directories.DirectoryRefused, match="belongs to another profile"):
+        for task in old.task_queue("kiwipy.tasks"):
+            taken.append(task.body)
+            with task.processing() as future:
+                future.set_result(None)
+            if len(taken) == 1:
+                broker.queue.rename(f"{broker.queue}.old")
+                broker.communicator(profile_uuid=NEW).task_send("new", no_reply=True)
+    assert taken == [0] and [task["state"] for task in broker.tasks()] == ["waiting"]
+    with pytest.raises(directories.DirectoryRefused, match="belongs to another profile"):
+        old.task_queue("stray")
+    assert not (broker.queue / "queues").exists()
+
+
+def test_who_is_moved_away_while_a_body_is_encoded_sends_nothing_to_the_new_one(broker: Broker) -> None:
+    def encode(_: object) -> str:
+        broker.queue.rename(f"{broker.queue}.old")
+        broker.communicator(profile_uuid=NEW)
+        return "encoded"
+
+    with pytest.raises(directories.DirectoryRefused, match="belongs to another profile"):
+        broker.communicator(profile_uuid=OLD, encoder=encode).task_send(object(), no_reply=True)
+    assert broker.tasks() == []
+
+
+def test_who_closes_leaves_what_another_has_by_its_id_now(broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
+    old = broker.communicator("w1", profile_uuid=OLD)
+    old.add_rpc_subscriber(lambda _, body: "old", "identifier")
+    old.add_task_subscriber(lambda _, body: "old")
+    broker.queue.rename(f"{broker.queue}.old")
+    new = broker.communicator("w1", profile_uuid=NEW)
+    new.add_rpc_subscriber(lambda _, body: "new", "identifier")
+    caller = broker.communicator(profile_uuid=NEW)
+    assert caller.rpc_send("identifier", 1).result(TIMEOUT) == "new"
+    # However often it is told, and by whomever.
+    ring = frames.frame(frames.encode({"type": "ring", "queue": "", "names": []}))
+    assert ring is not None
+    for reader in old._engine.subscriptions._life.pipes._readers["task_w1"]:
+        old._engine.poller.call(lambda reader=reader: [old._engine._receiver.rung(reader, ring) for _ in range(50)])
+    old._engine._thread.join(TIMEOUT)
+    assert old.is_closed() and caplog.text.count("closes:") == 1
+    assert caller.rpc_send("identifier", 1).result(TIMEOUT) == "new"
+    assert (broker.config_path / "pipes" / "worker_w1.json").exists()
+
+
+def test_a_worker_without_a_descriptor_to_look_with_takes_nothing(broker: Broker) -> None:
+    broker.config_path.mkdir(parents=True)
+    child = broker.spawn(
+        HOARD
+        + """
+worker = communicator("w1", profile_uuid="1" * 32)
+worker.add_task_subscriber(lambda _, body: print("took", body))
+upkeep = worker._engine.upkeep
+print(upkeep.has_queue()); sys.stdin.readline()
+use_up()
+said = upkeep.has_queue()
+free()
+print(said, worker.is_closed())
+print(upkeep.has_queue(), worker.is_closed())
+"""
+    )
+    assert child.line() == "True"
+    broker.queue.rename(f"{broker.queue}.old")
+    broker.communicator(profile_uuid=NEW)
+    child.tell("go on")
+    assert [child.line(), child.line()] == ["False False", "False True"]
+
+
+def test_a_spoilt_format_keeps_no_task_from_anybody(broker: Broker, caplog: pytest.LogCaptureFixture) -> None:
+    communicator = broker.communicator("w1", profile_uuid=OLD)
+    (broker.queue / "format").unlink()
+    (broker.queue / "format").mkdir()
+    broker.stack.callback((broker.queue / "format").rmdir)
+    communicator.task_send("waits", no_reply=True)
+    looked_after(communicator)
+    assert [task.body for task in communicator.task_queue("kiwipy.tasks")] == ["waits"]
+    assert caplog.text == "" and list(broker.queue.glob(".format*")) == []
+
+
+def test_a_coordinator_knows_the_queue_of_a_renamed_profile(broker: Broker) -> None:
+    for name in (broker.profile, "renamed", broker.profile):
+        directories.establish(name, broker.config_path, OLD)
+    made = sharing.PipeCoordinator("renamed", broker.config_path, profile_uuid=OLD)
+    made.run(made.stop)
+    assert directories.read_format(broker.config_path)["profile"] == "renamed"
 
 
 @pytest.mark.parametrize("how", ["send", "look"])

@@ -394,6 +394,12 @@ def test_another_format_is_refused(broker: Broker) -> None:
     (broker.queue / "format").write_text(json.dumps({**said, "format": 2}))
     with pytest.raises(OSError, match="format 2"):
         broker.communicator()
+    (broker.queue / "format").write_text(json.dumps({**said, "profile": "other", "uuid": "1"}))
+    with pytest.raises(OSError, match="belongs to the profile 'other'"):
+        broker.communicator()
+    with pytest.raises(OSError, match="belongs to"):
+        broker.communicator(profile_uuid="2")
+    broker.communicator(profile_uuid="1").close()
 
 
 # Frames
