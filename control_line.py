@@ -26,9 +26,8 @@ if TYPE_CHECKING or not __package__:
     import control_words as words
     import directories
     import presence
-    import whose
 else:
-    from . import control, control_print, control_profiles, directories, presence, whose
+    from . import control, control_print, control_profiles, directories, presence
     from . import control_commands as commands
     from . import control_words as words
 
@@ -127,11 +126,20 @@ def _config_path(options: argparse.Namespace) -> Path:
         config_path = control_profiles.find(name)
     else:
         config_path = Path(options.config_path).expanduser().absolute()
-    said = directories.read_format(config_path)
-    known = said.get("profile", name)
-    if options.command is None or known == name or whose.Owner(name, control_profiles.uuid(config_path)).is_of(said):
-        return config_path
-    raise ValueError(f"{config_path} belongs to the profile '{known}', not to '{name}': name that one by --profile")
+    known = _profile_in(config_path, name, options.command)
+    if known != name:
+        raise ValueError(f"{config_path} belongs to the profile '{known}', not to '{name}': name that one by --profile")
+    return config_path
+
+
+def _profile_in(config_path: Path, name: str, command: str | None) -> str:
+    """Return which profile's a directory is: AiiDA knows it, even where it was renamed, or else the queue."""
+    with contextlib.suppress(ValueError, OSError):  # Whoever needs AiiDA's configuration says what is wrong with it.
+        found = control_profiles.of(config_path)
+        if found is not None and (found[1] != name or found[0].uuid(name) is not None):
+            return found[1]
+    # Without a command it is for the queue itself to refuse.
+    return name if command is None else str(directories.read_format(config_path).get("profile", name))
 
 
 # What it understands

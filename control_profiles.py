@@ -5,7 +5,7 @@ not imported, which would take a second: its configuration is JSON.
 
 Rules:
 - Where AiiDA has a configuration, a profile is one that stands in it. Where it has none, any name will do: its
-  directory is below ``~/.aiida/profiles``.
+  directory is where AiiDA would have it.
 - What cannot be read is no reason to guess: one sentence says so.
 """
 
@@ -96,7 +96,7 @@ def find(name: str) -> Path:
         raise ValueError(f"{name!r} is no name of a profile; name its directory by --config-path")
     profiles = read(aiidas_directory())
     if profiles is None:
-        return Path("~/.aiida/profiles", name).expanduser()
+        return aiidas_directory() / "profiles" / name
     if name not in profiles.known:
         some = ", ".join(sorted(profiles.known)) or "no profiles"
         raise ValueError(

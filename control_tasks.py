@@ -203,8 +203,12 @@ def _find_each(layout: directories.Layout, task_ids: Iterable[str]) -> dict[str,
     numbers = any(_may_be_pk(task_id) for task_id in wanted - found.keys())
     by_pk = {str(_pk(each)): each for each in sorted(there.values(), key=lambda each: each.name)} if numbers else {}
     for task_id in wanted - found.keys():
-        if _may_be_pk(task_id) and task_id in by_pk:
-            found[task_id] = by_pk[task_id]
+        if _may_be_pk(task_id):
+            # Never a part of an id, which would be that of another process.
+            none = NoSuchTask(
+                f"no task is called {task_id}, nor is one that of a process with this pk; 'tasks' lists them"
+            )
+            found[task_id] = by_pk.get(task_id, none)
             continue
         matching = [
             each for each in there.values() if each.task_id.startswith(task_id) or each.task_id.endswith(task_id)
@@ -216,7 +220,7 @@ def _find_each(layout: directories.Layout, task_ids: Iterable[str]) -> dict[str,
 
 
 def _may_be_pk(text: str) -> bool:
-    return text.isdecimal() and len(text) <= _LONGEST_PK
+    return text.isdecimal() and len(text) <= _LONGEST_PK and not text.startswith("0")
 
 
 def show(config_path: str | os.PathLike[str], task_id: str) -> dict[str, Any]:

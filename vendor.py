@@ -319,7 +319,10 @@ class Target:
                 raise Unexpected(f"{path} is there, and did not come from here")
 
     def _refuse_plugin(self) -> None:
-        beside = [str(self.package.parent)] if self.record else sys.path
+        # Whatever this Python can import beside it, if it is this Python's.
+        place = os.path.realpath(self.package.parent)
+        ours = self.record is None or place in map(os.path.realpath, sys.path)
+        beside = sys.path if ours else [place]
         if any(importlib.metadata.distributions(name="aiida-namedpipe", path=beside)):
             raise Unexpected(
                 "the plugin is installed there, and two brokers of one name would break every verdi: run "

@@ -273,8 +273,7 @@ def test_sender(served: Broker, tmp_path: Path) -> None:
 
     each_point(tmp_path, served.profile, run)
     sweep(served)
-    # Where it looks whose the queue is, as nobody here has asked yet; then at open, write and rename.
-    assert rows == ["1 waiting"] * 3 + ["nothing"] * 4 + ["1 waiting"] * (len(rows) - 7), rows
+    assert rows == ["1 waiting"] * 3 + ["nothing"] * 3 + ["1 waiting"] * (len(rows) - 6), rows
 
 
 def said(child: Child) -> str:

@@ -1043,3 +1043,15 @@ def test_what_is_logged_between_the_old_lines_and_the_new_ones_is_followed(broke
         file.write("new\n")
     assert next(lines) == "new"
     lines.close()
+
+
+@pytest.mark.parametrize("command", ["remove", "requeue", "show"])
+def test_a_number_is_a_pk_and_never_a_part_of_another_process_task(broker: Broker, command: str) -> None:
+    sender, last = broker.communicator(), "x"
+    while not last.isdigit() or last == "0":
+        sender.task_send({"task": "continue", "args": {"pid": 10}}, no_reply=True)
+        last = max(task["id"] for task in broker.tasks())[-1]
+    count = len(broker.tasks())
+    assert "nor is one that of a process with this pk; 'tasks' lists them" in broker.run(command, last, status=1)
+    assert len(broker.tasks("waiting")) == count
+    assert "10" in broker.run("show", "10")

@@ -86,6 +86,32 @@ def test_a_profile_is_where_aiida_has_it(broker: Broker, tmp_path: Path) -> None
     broker.run("status", status=3)
 
 
+def test_where_a_path_has_no_configuration_nobody_elses_profile_is_meant(broker: Broker, tmp_path: Path) -> None:
+    directory = configuration(tmp_path / "home", broker.profile)
+    broker.config_path = directory / "profiles" / broker.profile
+    broker.communicator().task_send("waits", no_reply=True)
+    broker.stack.close()
+    said = say(tmp_path / "home", "--profile", broker.profile, "delete", "--yes", path=str(tmp_path / "mistyped"))
+    assert said.returncode == 1 and str(tmp_path / "mistyped" / ".aiida") in said.stderr
+    assert len(broker.tasks("waiting")) == 1
+
+
+@pytest.mark.parametrize("command", ["status", "restart", "delete", "send"])
+def test_a_directory_that_aiida_knows_is_of_the_profile_that_it_says(
+    broker: Broker, tmp_path: Path, command: str
+) -> None:
+    directory = configuration(tmp_path, broker.profile, "other", uuid=OLD)
+    broker.config_path = directory / "profiles" / broker.profile
+    broker.communicator(profile_uuid=OLD).task_send("waits", no_reply=True)
+    broker.stack.close()
+    more = {"delete": ["--yes"], "send": ["1"]}.get(command, [])
+    for name in ("other", "mistyped"):
+        said = say(tmp_path, "--profile", name, "--config-path", str(broker.config_path), command, *more)
+        assert said.returncode == 1 and f"belongs to the profile '{broker.profile}'" in said.stderr
+    assert directories.read_format(broker.config_path)["profile"] == broker.profile
+    assert len(broker.tasks("waiting")) == 1
+
+
 def test_without_aiida_any_name_will_do_but_none(tmp_path: Path) -> None:
     said = say(tmp_path, "status")
     assert said.returncode == 2 and "name it by --profile" in said.stderr

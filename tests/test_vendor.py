@@ -199,6 +199,21 @@ def test_vendor_refuses_where_the_plugin_is(tree: tuple[Path, Path]) -> None:
     assert vendor(path, "--remove") == 0
 
 
+@pytest.mark.parametrize("tree", ["installed"], indirect=True)
+def test_vendor_refuses_where_this_python_has_both(
+    tree: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, path = tree
+    (tmp_path / "user" / "aiida_namedpipe-1.0.0.dist-info").mkdir(parents=True)
+    (tmp_path / "user" / "aiida_namedpipe-1.0.0.dist-info" / "METADATA").write_text("Name: aiida-namedpipe\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "user"))
+    before = checksums(root)
+    # One that is not this Python's does not see what this one has.
+    assert vendor(path) == 0 and vendor(path, "--remove") == 0
+    monkeypatch.setenv("PYTHONPATH", f"{root}{os.pathsep}{tmp_path / 'user'}")
+    assert vendor(path) == 2 and checksums(root) == before
+
+
 def test_upstream_says_how_many_lines_change() -> None:
     said = re.findall(
         r"^\| `cmdline/\S*?(cmd_\w+|setup)\.py` \| (\d+) \|", (HERE / "UPSTREAM.md").read_text(), re.MULTILINE

@@ -83,7 +83,8 @@ def run_coordinator_command(profile: Profile, command: str, *arguments: str) -> 
     from aiida.brokers.namedpipe import coordinator
 
     if command in ('start', 'restart') and profile.process_control_backend != 'core.namedpipe':
-        echo.echo_warning(f'Profile `{profile.name}` uses another broker: `{PROG} configure` changes that.')
+        change = f'verdi -p {profile.name} coordinator configure'
+        echo.echo_warning(f'Profile `{profile.name}` uses another broker: `{change}` changes that.')
     # Another profile is for `verdi --profile` to name.
     return coordinator.main([command, *arguments], PROG, (profile.name, _directory(profile)))
 
