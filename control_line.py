@@ -26,8 +26,9 @@ if TYPE_CHECKING or not __package__:
     import control_words as words
     import directories
     import presence
+    import whose
 else:
-    from . import control, control_print, control_profiles, directories, presence
+    from . import control, control_print, control_profiles, directories, presence, whose
     from . import control_commands as commands
     from . import control_words as words
 
@@ -133,13 +134,16 @@ def _config_path(options: argparse.Namespace) -> Path:
 
 
 def _profile_in(config_path: Path, name: str, command: str | None) -> str:
-    """Return which profile's a directory is: AiiDA knows it, even where it was renamed, or else the queue."""
+    """Return which profile's a directory is: where AiiDA has it, AiiDA knows; and its queue says whose it is."""
+    uuid = None
     with contextlib.suppress(ValueError, OSError):  # Whoever needs AiiDA's configuration says what is wrong with it.
         found = control_profiles.of(config_path)
-        if found is not None and (found[1] != name or found[0].uuid(name) is not None):
+        if found is not None and found[1] != name:
             return found[1]
+        uuid = found[0].uuid(name) if found is not None else None
     # Without a command it is for the queue itself to refuse.
-    return name if command is None else str(directories.read_format(config_path).get("profile", name))
+    said = directories.read_format(config_path) if command is not None else {}
+    return name if not said or whose.Owner(name, uuid).is_of(said) else str(said.get("profile", name))
 
 
 # What it understands
@@ -210,7 +214,7 @@ def parsers(prog: str, *, with_profile: bool) -> tuple[argparse.ArgumentParser, 
 def _add_profile(common: argparse.ArgumentParser) -> None:
     default = argparse.SUPPRESS
     common.add_argument("--profile", default=default, metavar="NAME", help="its name (default: AiiDA's current one)")
-    where = "its directory (default: where AiiDA has it, or ~/.aiida/profiles/NAME)"
+    where = "its directory (default: where AiiDA has it, or would have it)"
     common.add_argument("--config-path", default=default, metavar="DIR", help=where)
 
 

@@ -226,7 +226,7 @@ def _may_be_pk(text: str) -> bool:
 def show(config_path: str | os.PathLike[str], task_id: str) -> dict[str, Any]:
     """Return all that is known of one task; the answer is what ``show --json`` prints.
 
-    :param task_id: its id, or the beginning or end of it.
+    :param task_id: its id, the beginning or end of it, or the pk of its process.
     :raises NoSuchTask: there is none, or more than one.
     """
     layout = control.find(config_path)

@@ -8,7 +8,7 @@ Rules:
 - Whoever has started it hears one thing: that it serves, or why it does not.
 - One that has ended as it was left alone looks for communicators one last time when it has let go of everything: who
   comes and finds no lock starts another, and who found one is found.
-- A script is compiled anew each time that it is run, so it is short.
+- A script is compiled anew each time that it is run, so it is short; and what serves is loaded where it is to serve.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if not __package__ and (_here := os.path.dirname(os.path.realpath(__file__))) not in sys.path:
     sys.path.insert(0, _here)  # Where PYTHONSAFEPATH keeps a script from its neighbours.
@@ -27,12 +27,8 @@ if TYPE_CHECKING or not __package__:
     import directories
     import files
     import presence
-    from sharing import PipeCoordinator
 else:
     from . import directories, files, presence
-    from .sharing import PipeCoordinator
-
-__all__ = ["PipeCoordinator", "main", "serve"]
 
 _LOGGER = logging.getLogger("coordinator")
 
@@ -89,11 +85,12 @@ class _Starter:
 
 
 def _serve(profile_name: str, layout: directories.Layout, idle: float | None, starter: _Starter) -> None:
-    # Not at the top, as it takes long to load, and who asks for the status does not need it.
     if TYPE_CHECKING or not __package__:
         import service
+        from sharing import PipeCoordinator
     else:
         from . import service
+        from .sharing import PipeCoordinator
 
     file = layout.queue / "coordinator.log"
     log = service.log_to(file, terminal=starter.is_here)
@@ -132,6 +129,17 @@ def main(arguments: list[str] | None = None, prog: str = "", where: tuple[str, P
     else:
         from . import control_line
     return control_line.main(arguments, serve, prog or os.path.basename(sys.argv[0]) or "coordinator.py", where)
+
+
+def __getattr__(name: str) -> Any:
+    """Give `PipeCoordinator` to whoever asks for it here (PEP 562)."""
+    if name != "PipeCoordinator":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if TYPE_CHECKING or not __package__:
+        import sharing
+    else:
+        from . import sharing
+    return sharing.PipeCoordinator
 
 
 if __name__ == "__main__":

@@ -52,8 +52,9 @@ _QUOTED = re.compile(r"[A-Za-z0-9_~%=-][A-Za-z0-9_.~%=-]*")
 _OWNER = ".config"
 _LONGEST_NAME = 200
 
+_NOBODY = whose.Owner("")
 
-DirectoryRefused = whose.DirectoryRefused
+DirectoryRefused = whose.DirectoryRefused  # By this name others know it.
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,8 @@ class Layout:
 
     config_path: Path
     pipes: Path
-    owner: whose.Owner
-    """Whose they are."""
+    owner: whose.Owner = _NOBODY
+    """Whose they are, for whoever has established them; nobody's for who has only located them."""
 
     @property
     def registry(self) -> Path:
@@ -174,15 +175,15 @@ def remake(layout: Layout) -> None:
 def locate(config_path: str | os.PathLike[str]) -> Layout | None:
     """Find the directories of a configuration without making any; `None` where no broker has ever run."""
     config = _real(config_path)
-    recorded, said = _recorded(config), read_format(config)
-    owner = whose.Owner(str(said.get("profile")), said.get("uuid"))
+    recorded = _recorded(config)
     if recorded is not None and not _is_anothers(recorded, config):
-        return Layout(config, recorded, owner)
+        return Layout(config, recorded)
     # Somebody may have removed {config}/pipes; the queue is still there to be looked at.
+    said = read_format(config)
     if not said:
         return None
-    plain, own = _candidates(owner.profile, config)
-    return Layout(config, own if _is_anothers(plain, config) or _belongs(own, config) else plain, owner)
+    plain, own = _candidates(str(said.get("profile")), config)
+    return Layout(config, own if _is_anothers(plain, config) or _belongs(own, config) else plain)
 
 
 def read_format(config_path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -312,7 +313,7 @@ def check(layout: Layout, profile_uuid: str | None) -> None:
     """
     said = whose.read(layout.queue)
     if said is not None:
-        whose.Owner(layout.owner.profile, profile_uuid).check(layout.queue, said)
+        whose.Owner(str(said.get("profile")), profile_uuid).check(layout.queue, said)
     if os.path.lexists(layout.pipes) and not _belongs(layout.pipes, layout.config_path):
         raise DirectoryRefused(f"{layout.pipes} belongs to somebody else now: restart all that runs here.")
 

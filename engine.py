@@ -103,7 +103,7 @@ class Receiver:
     def rung(self, reader: fifo.Reader, data: bytes) -> None:
         """Tasks wait."""
         message = self._unpacked(reader, data)
-        if message is not None and self._engine.upkeep.has_queue():
+        if message is not None and self._engine.upkeep.may_take():
             self._use(reader, self._engine.tasks.rung, message)
 
     def _use(self, reader: fifo.Reader, take: Callable[[frames.Message], None], message: frames.Message) -> None:
@@ -178,8 +178,11 @@ class Upkeep:
     def look_once(self) -> None:
         """Do each step, whatever becomes of the others; but none in a queue that is another profile's now."""
         engine = self._engine
-        if not self.has_queue() and engine.closed:
-            return
+        try:
+            if not self._has_queue():
+                return
+        except OSError as error:
+            _LOGGER.error("%s cannot see whose its queue is: %s", engine.name, error)
         for step in (
             functools.partial(directories.remake, engine.layout),
             engine.look_at_pipes,
@@ -196,8 +199,19 @@ class Upkeep:
             except Exception as error:
                 _LOGGER.error("%s cannot look after itself: %s: %s", engine.name, type(error).__name__, error)
 
-    def has_queue(self) -> bool:
-        """Say whether the queue is no other profile's, as far as can be seen; where it is, close."""
+    def may_take(self) -> bool:
+        """Say whether a task that is offered may be taken."""
+        try:
+            return self._has_queue()
+        except OSError as error:
+            # What cannot be read for long is served as it was. A descriptor may be free in a moment.
+            return error.errno not in (errno.EMFILE, errno.ENFILE)
+
+    def _has_queue(self) -> bool:
+        """Say whether the queue is no other profile's; where it is, close.
+
+        :raises OSError: it cannot be seen whose it is.
+        """
         engine = self._engine
         try:
             engine.look_at_queue()
@@ -206,9 +220,6 @@ class Upkeep:
                 _LOGGER.error("%s closes: %s", engine.name, error)
             engine.close_soon()
             return False
-        except OSError as error:
-            # Without a descriptor nothing can be claimed; and what cannot be read for long is served as it was.
-            return error.errno not in (errno.EMFILE, errno.ENFILE)
         return True
 
     def _find_calls(self) -> None:

@@ -78,7 +78,10 @@ class Owner:
             self._establish(queue)
 
     def is_of(self, said: dict[str, Any]) -> bool:
-        """Say whether this name is that of a queue's profile, by what the queue says of itself, or its new name."""
+        """Say whether a queue has this profile's name or, from before it was renamed, its UUID.
+
+        :param said: what the queue says of itself.
+        """
         return said.get("profile") == self.profile or (self.uuid is not None and said.get("uuid") == self.uuid)
 
     def check(self, queue: Path, said: dict[str, Any]) -> None:

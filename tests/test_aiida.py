@@ -161,6 +161,21 @@ def test_tasks_are_known_by_their_processes(aiida: Aiida) -> None:
     aiida.wait([first, second], 60)
 
 
+def test_what_stands_before_a_command_and_what_needs_no_profile(aiida: Aiida, tmp_path: Path) -> None:
+    if not aiida.vendored:
+        pytest.skip("aiida-coordinator is the script itself")
+    assert re.fullmatch(r"\d+\.\d+\.\d+\n", aiida.verdi("coordinator", "--version"))
+    assert json.loads(aiida.verdi("coordinator", "--json", "status", status=3))["version"] == 1
+    aiida.verdi("profile", "configure-broker", "core.namedpipe", "-n", "--idle", "nan", status=2)
+    home = tmp_path / "nobody"
+    home.mkdir()
+    nobody = Aiida(home, {**aiida.env, "HOME": str(home), "AIIDA_PATH": str(home)}, "", vendored=True)
+    assert "usage: verdi coordinator start" in nobody.verdi("coordinator", "start", "--help")
+    assert "usage: verdi coordinator list" in nobody.verdi("coordinator", "list", "--help")
+    nobody.verdi("coordinator", "list")
+    assert "No profile loaded" in nobody.verdi("coordinator", "status", status=1)
+
+
 def test_completion_knows_each_command_and_option(aiida: Aiida) -> None:
     if not aiida.vendored:
         pytest.skip("aiida-coordinator has no completion")
@@ -172,6 +187,7 @@ def test_completion_knows_each_command_and_option(aiida: Aiida) -> None:
 
     assert "plain,status" in complete("coordinator", "st") and "plain,requeue" in complete("coordinator", "re")
     assert "plain,--state" in complete("coordinator", "tasks", "--st")
+    assert complete("coordinator", "tasks", "--state", "c").split() == ["plain,claimed", "plain,completed"]
     assert "--profile" not in complete("coordinator", "tasks", "--")
 
 

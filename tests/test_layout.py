@@ -108,6 +108,19 @@ def test_what_an_operator_asks_is_quick_to_import() -> None:
     assert run(script) == "\n"
 
 
+def test_the_script_loads_what_serves_where_it_is_to_serve() -> None:
+    script = """
+import runpy, sys
+try:
+    runpy.run_path("coordinator.py", run_name="__main__")
+except SystemExit as end:
+    print(end.code, "sharing" in sys.modules)
+import coordinator, sharing
+print(coordinator.PipeCoordinator is sharing.PipeCoordinator, hasattr(coordinator, "other"))
+"""
+    assert run(script, "--version").splitlines()[1:] == ["0 False", "True False"]
+
+
 def test_the_script_that_serves_is_loaded_once(served: Broker) -> None:
     script = """
 import runpy, sys

@@ -115,6 +115,15 @@ def test_a_directory_that_aiida_knows_is_of_the_profile_that_it_says(
     assert len(broker.tasks("waiting")) == 1
 
 
+def test_a_queue_that_was_copied_to_another_profiles_place_is_its_own_profiles(broker: Broker, tmp_path: Path) -> None:
+    directory = configuration(tmp_path, broker.profile, uuid=NEW)
+    broker.config_path = directory / "profiles" / broker.profile
+    directories.establish("elsewhere", broker.config_path, OLD)
+    said = say(tmp_path, "--profile", broker.profile, "delete", "--yes")
+    assert said.returncode == 1 and "belongs to the profile 'elsewhere'" in said.stderr and broker.queue.exists()
+    directories.remove_pipes(Path("/tmp/aiida_elsewhere_pipes"))
+
+
 def test_without_aiida_any_name_will_do_but_none(tmp_path: Path) -> None:
     said = say(tmp_path, "status")
     assert said.returncode == 2 and "name it by --profile" in said.stderr
@@ -253,12 +262,12 @@ def test_a_worker_without_a_descriptor_to_look_with_takes_nothing(broker: Broker
 worker = communicator("w1", profile_uuid="1" * 32)
 worker.add_task_subscriber(lambda _, body: print("took", body))
 upkeep = worker._engine.upkeep
-print(upkeep.has_queue()); sys.stdin.readline()
+print(upkeep.may_take()); sys.stdin.readline()
 use_up()
-said = upkeep.has_queue()
+said = upkeep.may_take()
 free()
 print(said, worker.is_closed())
-print(upkeep.has_queue(), worker.is_closed())
+print(upkeep.may_take(), worker.is_closed())
 """
     )
     assert child.line() == "True"

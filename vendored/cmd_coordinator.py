@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import pathlib
+import shlex
 import sys
 from typing import TYPE_CHECKING
 
@@ -33,14 +35,21 @@ class CoordinatorCommand(click.Command):
 
     def __init__(self, name: str, parser: argparse.ArgumentParser) -> None:
         @decorators.requires_loaded_profile()
+        def run_for_profile(ctx: click.Context, arguments: list[str]) -> int:
+            return run_coordinator_command(ctx.obj.profile, name, *arguments)
+
         @click.pass_context
         def run(ctx: click.Context, arguments: tuple[str, ...]) -> None:
-            sys.exit(run_coordinator_command(ctx.obj.profile, name, *arguments))
+            given = ['--json', *arguments] if ctx.parent.params['as_json'] else list(arguments)
+            # Of no profile, and on a machine where there is none yet.
+            if name == 'list' or {'-h', '--help'} & set(given):
+                sys.exit(_main(name, given, ('', pathlib.Path())))
+            sys.exit(run_for_profile(ctx, given))
 
         super().__init__(
             name,
             callback=run,
-            params=[click.Argument(['arguments'], nargs=-1, type=click.UNPROCESSED)],
+            params=[click.Argument(['arguments'], nargs=-1, type=click.UNPROCESSED, shell_complete=self._values)],
             help=parser.description,
             add_help_option=False,
         )
@@ -59,6 +68,12 @@ class CoordinatorCommand(click.Command):
             found += [CompletionItem(name, help=action.help) for name in names]
         return found
 
+    def _values(self, ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+        """Return the choices that begin so of the option before."""
+        before = set(ctx.params['arguments'][-1:])
+        choices = (action.choices or () for action in self._parser._actions if before & set(action.option_strings))
+        return [choice for each in choices for choice in each if choice.startswith(incomplete)]
+
 
 class CoordinatorGroup(click.Group):
     """Has the commands of the coordinator's own command line, which are loaded when one of them is asked for."""
@@ -73,20 +88,31 @@ class CoordinatorGroup(click.Group):
         return CoordinatorCommand(cmd_name, parser) if parser is not None else None
 
 
+def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    if asked:
+        sys.exit(_main('--version', [], ('', pathlib.Path())))
+
+
 @verdi.group('coordinator', cls=CoordinatorGroup)
-def verdi_coordinator():
+@click.option('--json', 'as_json', is_flag=True, help='Print JSON, one object a line.')
+@click.option('--version', is_flag=True, is_eager=True, expose_value=False, callback=_print_version)
+def verdi_coordinator(as_json):
     """Inspect and manage the coordinator of the named pipe broker."""
+
+
+def _main(command: str, arguments: list[str], where: tuple[str, pathlib.Path]) -> int:
+    from aiida.brokers.namedpipe import coordinator
+
+    return coordinator.main([command, *arguments], PROG, where)
 
 
 def run_coordinator_command(profile: Profile, command: str, *arguments: str) -> int:
     """Run a command of the coordinator's own command line; return its exit status."""
-    from aiida.brokers.namedpipe import coordinator
-
     if command in ('start', 'restart') and profile.process_control_backend != 'core.namedpipe':
         change = f'verdi -p {profile.name} coordinator configure'
         echo.echo_warning(f'Profile `{profile.name}` uses another broker: `{change}` changes that.')
     # Another profile is for `verdi --profile` to name.
-    return coordinator.main([command, *arguments], PROG, (profile.name, _directory(profile)))
+    return _main(command, list(arguments), (profile.name, _directory(profile)))
 
 
 def delete_queue(profile: Profile) -> None:
@@ -98,7 +124,16 @@ def delete_queue(profile: Profile) -> None:
     try:
         control_install.delete(_directory(profile))
     except (RuntimeError, OSError) as error:
-        echo.echo_warning(f'What the named pipe broker has of `{profile.name}` is left: {error}')
+        remove = shlex.join(['rm', '-r', str(_directory(profile) / 'coordinator'), str(_directory(profile) / 'pipes')])
+        echo.echo_warning(
+            f'What the named pipe broker has of `{profile.name}` is left: {error}. Afterwards `{remove}` removes it.'
+        )
+
+
+def _finite(ctx: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f'{value} is no number of seconds.', ctx, parameter)
+    return value
 
 
 def _directory(profile: Profile) -> pathlib.Path:
@@ -112,7 +147,12 @@ if hasattr(cmd_profile, 'profile_configure_broker'):
     @arguments.PROFILE(default=defaults.get_default_profile)
     @options.FORCE()
     @click.option('--autostart/--no-autostart', default=True, help='Whether a coordinator is started when needed.')
-    @click.option('--idle', type=click.FloatRange(0), help='After how many seconds without anybody such a one ends.')
+    @click.option(
+        '--idle',
+        type=click.FloatRange(0),
+        callback=_finite,
+        help='After how many seconds without anybody such a one ends.',
+    )
     @options.NON_INTERACTIVE()
     def profile_configure_broker_namedpipe(profile, force, autostart, idle, non_interactive):
         """Configure named pipes for a profile: there is nothing to be asked, and no server."""
