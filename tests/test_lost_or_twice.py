@@ -549,8 +549,8 @@ def test_broadcasts_go_on_after_the_intake_was_made_again(served: Broker) -> Non
     assert within(lambda: set(got) == {"first", "second"}, SOON), f"only {got}"
 
 
-def test_old_intake_is_read_after_a_new_one_was_made(broker: Broker) -> None:
-    broker.start()
+def heard_across_a_new_intake(broker: Broker) -> list[Any]:
+    """Broadcast before and after the intake is made again; return what a listener hears."""
     got = listening(broker)
     sender = broker.communicator()
     sender.broadcast_send("before")
@@ -558,6 +558,12 @@ def test_old_intake_is_read_after_a_new_one_was_made(broker: Broker) -> None:
     (broker.pipes / "coordinator_broadcast").unlink()
     eventually((broker.pipes / "coordinator_broadcast").exists, LOOK)
     sender.broadcast_send("after")
+    return got
+
+
+def test_old_intake_is_read_after_a_new_one_was_made(broker: Broker) -> None:
+    broker.start()
+    got = heard_across_a_new_intake(broker)
     broker.communicator().broadcast_send("by another")
     assert within(lambda: sorted(got) == ["after", "before", "by another"], SOON), f"only {got}"
 
@@ -569,13 +575,7 @@ def test_coordinator_sleeps_after_its_intake_was_made_again(broker: Broker) -> N
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     pid = broker.start()
-    got = listening(broker)
-    sender = broker.communicator()
-    sender.broadcast_send("before")
-    eventually(lambda: got == ["before"])
-    (broker.pipes / "coordinator_broadcast").unlink()
-    eventually((broker.pipes / "coordinator_broadcast").exists, LOOK)
-    sender.broadcast_send("after")
+    heard_across_a_new_intake(broker)
     before = seconds()
     threading.Event().wait(2)
     assert seconds() - before < 0.5
