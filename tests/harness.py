@@ -15,9 +15,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from vendor import MODULES
+
 HERE = Path(__file__).resolve().parent.parent
 TIMEOUT = 30.0
 COORDINATOR = (sys.executable, HERE / "coordinator.py")
+OTHER_USER = 12345
+# Every module is loaded first, and what a command loads late: afterwards this process may not read them.
+AS_OTHER_USER = f"""
+import concurrent.futures.thread, contextlib, gettext, hashlib, importlib, io, json.decoder, locale, multiprocessing, os
+import resource, shutil, signal, subprocess, sys, threading, unicodedata, uuid
+sys.path.insert(0, {str(HERE)!r})
+for name in {[name.removesuffix(".py") for name in MODULES]}:
+    with contextlib.suppress(ImportError):
+        globals()[name] = importlib.import_module(name)
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    coordinator.main(["--profile=x", "--config-path=/nonexistent", "status"])
+os.setgroups([]); os.setgid({OTHER_USER}); os.setuid({OTHER_USER})
+"""
 PRELUDE = """
 import os, sys, time
 import kiwipy

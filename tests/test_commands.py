@@ -24,12 +24,11 @@ import discovery
 import fifo
 import presence
 import taskqueue
-from harness import COORDINATOR, HERE, RECORDER, TIMEOUT, WORKER, Broker, eventually, is_gone
+from harness import AS_OTHER_USER, COORDINATOR, HERE, RECORDER, TIMEOUT, WORKER, Broker, eventually, is_gone
 from pipebroker import PipeCommunicator
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can run a command as another user")
 SECONDS = 20.0
-OTHER_USER = 12345
 
 
 def obey(*arguments: str | os.PathLike[str], **options: Any) -> subprocess.CompletedProcess[str]:
@@ -432,19 +431,6 @@ def test_status_of_a_mistyped_profile_says_that_there_is_none(broker: Broker) ->
     assert "0 waiting" not in said.stdout
 
 
-AS_OTHER_USER = """
-import contextlib, io, os, sys
-sys.path.insert(0, sys.argv[1])
-import coordinator
-arguments = ["--profile", sys.argv[3], "--config-path"]
-with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    coordinator.main([*arguments, "/nonexistent", "status"])  # Afterwards this process may not read the library.
-user = int(sys.argv[2])
-os.setgroups([]); os.setgid(user); os.setuid(user)
-sys.exit(coordinator.main([*arguments, sys.argv[4], "status"]))
-"""
-
-
 @root
 def test_status_of_an_unreadable_profile_says_that_it_cannot_be_read(broker: Broker) -> None:
     with tempfile.TemporaryDirectory(prefix="namedpipe-test-") as public:
@@ -453,8 +439,14 @@ def test_status_of_an_unreadable_profile_says_that_it_cannot_be_read(broker: Bro
         broker.config_path.mkdir(0o755)
         with broker.communicator() as sender:
             sender.task_send("body", no_reply=True)
-        script = [sys.executable, "-c", AS_OTHER_USER, HERE, str(OTHER_USER), broker.profile, broker.config_path]
-        said = subprocess.run(script, check=False, capture_output=True, text=True, timeout=SECONDS)
+        script = AS_OTHER_USER + "sys.exit(coordinator.main())"
+        said = subprocess.run(
+            [sys.executable, "-c", script, "--profile", broker.profile, "--config-path", broker.config_path, "status"],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=SECONDS,
+        )
         assert "Traceback" not in said.stderr
         assert said.returncode == 1 and "Permission denied" in said.stderr and "0 waiting" not in said.stdout
 

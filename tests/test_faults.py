@@ -31,19 +31,10 @@ import coordinator
 import directories
 import fifo
 import taskqueue
-from harness import ECHO, FORKER, HOARD, TIMEOUT, Broker, eventually
+from harness import AS_OTHER_USER, ECHO, FORKER, HOARD, OTHER_USER, TIMEOUT, Broker, eventually
 from pipebroker import PipeCommunicator
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user, and mount a small disk")
-OTHER_USER = 12345
-AS_OTHER_USER = f"""
-import contextlib, io, json, kiwipy, multiprocessing, resource, shutil, signal, subprocess, threading, uuid
-import control, control_line, control_try, coordinator, directories, discovery, hashlib, pipebroker, service
-for name in ("encodings.idna", "gettext", "json.decoder", "locale", "unicodedata"):
-    with contextlib.suppress(ImportError):
-        __import__(name)  # Afterwards this process may not read the library.
-os.setgroups([]); os.setgid({OTHER_USER}); os.setuid({OTHER_USER})
-"""
 
 
 @pytest.fixture

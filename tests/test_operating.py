@@ -17,12 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from harness import COORDINATOR, ECHO, TIMEOUT, Broker, Child, eventually, write_frame
+from harness import COORDINATOR, ECHO, OTHER_USER, TIMEOUT, Broker, Child, eventually, write_frame
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory to another user")
 SECONDS = 8.0
 DAY = 25 * 3600
-OTHER_USER = 12345
 # The clocks of this process: one runs faster or slower than the true one, and the other is ahead of it.
 CLOCKS = """
 import selectors

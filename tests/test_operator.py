@@ -33,7 +33,7 @@ import control_log
 import control_tasks
 import directories
 import taskqueue
-from harness import COORDINATOR, ECHO, HERE, RECORDER, TIMEOUT, WORKER, Broker, eventually, recorded
+from harness import AS_OTHER_USER, COORDINATOR, ECHO, HERE, RECORDER, TIMEOUT, WORKER, Broker, eventually, recorded
 from test_faults import enlarge, room
 
 OPERATING = (HERE / "OPERATING.md").read_text()
@@ -200,18 +200,6 @@ def test_a_log_that_cannot_be_written_is_said_at_the_start(broker: Broker, tmp_p
             broker.run("stop")
 
 
-AS_ANOTHER = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-import contextlib, io, json, locale, unicodedata
-import control, control_doctor, control_install, control_try, coordinator, shutil, uuid, concurrent.futures.thread
-with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-    coordinator.main(["--profile=x", "--config-path=/nonexistent", "status"])
-os.setgroups([]); os.setgid(12345); os.setuid(12345)
-sys.exit(coordinator.main(sys.argv[2:]))
-"""
-
-
 @root
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line != "list"])
 def test_each_command_on_another_users_profile(tmp_path_factory: pytest.TempPathFactory, line: str) -> None:
@@ -224,7 +212,8 @@ def test_each_command_on_another_users_profile(tmp_path_factory: pytest.TempPath
         os.chmod(broker.config_path, 0o755)
         os.chmod(broker.queue, 0o755)
         try:
-            command = [sys.executable, "-c", AS_ANOTHER, str(HERE), "--profile", broker.profile]
+            script = AS_OTHER_USER + "sys.exit(coordinator.main())"
+            command = [sys.executable, "-c", script, "--profile", broker.profile]
             said = subprocess.run(
                 [*command, "--config-path", broker.config_path, *line.split()],
                 check=False,

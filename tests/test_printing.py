@@ -17,7 +17,7 @@ import control
 import control_doctor
 import directories
 import taskqueue
-from harness import COORDINATOR, HERE, TIMEOUT, Broker, eventually
+from harness import AS_OTHER_USER, COORDINATOR, HERE, OTHER_USER, TIMEOUT, Broker, eventually
 from test_operator import Terminal, root
 
 
@@ -242,12 +242,8 @@ def test_a_signal_that_means_nothing_leaves_a_line_and_no_more(served: Broker, n
 
 # The doctor
 
-AS_NOBODY = """
-import os, sys
-sys.path.insert(0, sys.argv[1])
-import control_doctor
-os.setgroups([]); os.setgid(12345); os.setuid(12345)
-for found in control_doctor.examine(sys.argv[2]):
+EXAMINE = """
+for found in control_doctor.examine(sys.argv[1]):
     print(found.what, "-", found.remedy)
 """
 
@@ -262,10 +258,10 @@ def test_the_doctor_finds_a_directory_that_cannot_be_written(state: str) -> None
         try:
             with broker.communicator() as sender:
                 sender.task_queue("q")
-                subprocess.run(["chown", "-R", "12345", name, broker.pipes], check=True)
+                subprocess.run(["chown", "-R", str(OTHER_USER), name, broker.pipes], check=True)
                 (broker.queue / state).chmod(0o500)
                 said = subprocess.run(
-                    [sys.executable, "-c", AS_NOBODY, HERE, broker.config_path],
+                    [sys.executable, "-c", AS_OTHER_USER + EXAMINE, broker.config_path],
                     check=False,
                     capture_output=True,
                     text=True,
@@ -280,7 +276,7 @@ def test_the_doctor_finds_a_directory_that_cannot_be_written(state: str) -> None
 @root
 def test_the_doctor_sends_another_user_away(broker: Broker) -> None:
     broker.communicator().close()
-    subprocess.run(["chown", "-R", "12345", broker.queue], check=True)
+    subprocess.run(["chown", "-R", str(OTHER_USER), broker.queue], check=True)
     (found,) = control_doctor.examine(broker.config_path)
     assert "run this as that user" in found.remedy
     subprocess.run(["chown", "-R", "0", broker.queue], check=True)

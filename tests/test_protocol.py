@@ -28,8 +28,8 @@ import pytest
 import directories
 import engine
 import whose
-from harness import ECHO, HERE, HOLDER, RECORDER, TIMEOUT, WORKER, Broker, eventually, recorded
-from test_operating import OTHER_USER, root, serving
+from harness import ECHO, HERE, HOLDER, OTHER_USER, RECORDER, TIMEOUT, WORKER, Broker, eventually, recorded
+from test_operating import root, serving
 
 sys.path.append(str(HERE / "tools"))
 import draw
