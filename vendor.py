@@ -270,11 +270,7 @@ class Target:
         self._refuse_foreign()
         self._refuse_plugin()
         changed: dict[Path, Content] = {**dict.fromkeys(self._outlived()), **self.files()}
-        for path, edits in self.edits.items():
-            content = _without(path, edits)
-            for edit in edits:
-                content = edit.add(path, content)
-            changed[path] = content
+        changed.update({path: _with(path, edits) for path, edits in self.edits.items()})
         return self._with_record(changed)
 
     def without_broker(self) -> dict[Path, Content]:
@@ -339,14 +335,25 @@ class Target:
         end = b"\r\n" if record.endswith(b"\r\n") else b"\n"
         lines = record.splitlines(keepends=True)
         for path, after in changed.items():
-            # By its name: somebody may have edited the file since, or removed it.
-            name, entry = self._entry(path, after).split(b",")[0] + b",", self._entry(path, after) + end
+            entry = self._entry(path, after) + end
             if path in self.edits:
-                lines = [entry if line.startswith(name) else line for line in lines]
+                # What somebody had edited before is not as the record says, and stays so.
+                known = [self._entry(path, content) + end for content in self._states(path)]
+                lines = [entry if line in known else line for line in lines]
             else:
+                # By its name: somebody may have edited the file since, or removed it.
+                name = entry.split(b",")[0] + b","
                 lines = [line for line in lines if not line.startswith(name)]
                 lines += [entry] if after is not None else []
         return {**changed, self.record: b"".join(lines)}
+
+    def _states(self, path: Path) -> list[bytes]:
+        """Return what a file of AiiDA's holds without the broker, and with it if it still has the lines for that."""
+        edits = self.edits[path]
+        states = [_without(path, edits)]
+        with contextlib.suppress(Unexpected):
+            states.append(_with(path, edits))
+        return states
 
     def _entry(self, path: Path, content: Content) -> bytes:
         name = path.relative_to(self.package.parent).as_posix()
@@ -364,6 +371,17 @@ def _without(path: Path, edits: tuple[Line | Block, ...]) -> bytes:
         content = edit.remove(path, content)
     if b"namedpipe" in content:
         raise Unexpected(f"{path} has lines about namedpipe that are not as they were written: take them out by hand")
+    return content
+
+
+def _with(path: Path, edits: tuple[Line | Block, ...]) -> bytes:
+    """Return what a file of AiiDA's holds with the broker.
+
+    :raises Unexpected: somebody has edited what the broker has there, or the lines that it comes beside.
+    """
+    content = _without(path, edits)
+    for edit in edits:
+        content = edit.add(path, content)
     return content
 
 

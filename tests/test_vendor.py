@@ -106,6 +106,36 @@ def test_vendor_lists_what_it_writes_in_the_record(tree: tuple[Path, Path]) -> N
     assert sorted(listed) == sorted(expected)
 
 
+@pytest.mark.parametrize("tree", ["installed"], indirect=True)
+def test_vendor_leaves_the_record_of_an_edited_file_as_it_was(tree: tuple[Path, Path]) -> None:
+    root, path = tree
+    commands = next(root.rglob("cmd_verdi.py")).with_name("__init__.py")
+    commands.write_text(f"{commands.read_text()}# by hand\n")
+    before = checksums(root)
+    assert vendor(path) == 0
+    assert vendor(path, "--check") == 0
+    assert vendor(path, "--remove") == 0
+    assert checksums(root) == before
+
+
+@pytest.mark.parametrize("tree", ["installed"], indirect=True)
+def test_vendor_finishes_the_record_where_it_was_interrupted(tree: tuple[Path, Path]) -> None:
+    root, path = tree
+    (record,) = root.glob("*.dist-info/RECORD")
+    before, plain = checksums(root), record.read_bytes()
+    assert vendor(path) == 0
+    copied, whole = checksums(root), record.read_bytes()
+    record.write_bytes(plain)
+    assert vendor(path) == 0
+    assert checksums(root) == copied
+    record.write_bytes(plain)
+    assert vendor(path, "--remove") == 0
+    assert checksums(root) == before
+    record.write_bytes(whole)
+    assert vendor(path, "--remove") == 0
+    assert checksums(root) == before
+
+
 @pytest.mark.parametrize("what", ["foreign file", "foreign command", "no anchor", "symlink", "other entry point"])
 def test_vendor_stops_before_the_first_change(tree: tuple[Path, Path], what: str) -> None:
     root, path = tree
@@ -155,6 +185,15 @@ def test_vendor_is_undone_whatever_became_of_the_copy(tree: tuple[Path, Path], w
     assert vendor(path, "--remove") == 0
     assert checksums(root) == before
     assert not list(root.rglob("*namedpipe*"))
+
+
+def test_vendor_is_undone_where_the_line_beside_ours_has_changed(tree: tuple[Path, Path]) -> None:
+    root, path = tree
+    commands = next(root.rglob("cmd_verdi.py")).with_name("__init__.py")
+    assert vendor(path) == 0
+    commands.write_bytes(commands.read_bytes().replace(b"    cmd_config,\n", b"    cmd_config,  # by hand\n"))
+    assert vendor(path, "--remove") == 0
+    assert b"by hand" in commands.read_bytes() and b"cmd_coordinator" not in commands.read_bytes()
 
 
 @pytest.mark.parametrize("what", ["line ends", "comment", "quotes", "door", "formatted"])
