@@ -71,9 +71,10 @@ def _has_ended(child: Child) -> bool:
 
 def orphan(broker: Broker) -> Path:
     """Leave what a dead process would: it goes once all that the coordinator looks after has been looked at."""
-    path = broker.pipes / f"body_rpc_dead.{uuid.uuid4().hex}"
-    path.write_text("{}")
-    os.utime(path, (0, 0))
+    path, draft = broker.pipes / f"body_rpc_dead.{uuid.uuid4().hex}", broker.config_path / "draft"
+    draft.write_text("{}")
+    os.utime(draft, (0, 0))
+    draft.rename(path)  # By a clock that is ahead it is old as soon as it is there.
     return path
 
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -147,20 +148,25 @@ answer([[node.pk, node.process_state.value, node.exit_status] for node in nodes]
         return sorted((self.config_path / "coordinator").glob("task_*.json"))
 
 
+ANSWER_SECONDS = 600.0
+
+
 class Helper:
     """A process that has AiiDA loaded and obeys orders, so that not each of them waits for AiiDA's start."""
 
     def __init__(self, aiida: Aiida, orders: str) -> None:
         """`orders` defines functions."""
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", PRELUDE + orders + OBEY],
-            env=aiida.env,
-            cwd=aiida.home,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        self._said = aiida.home / f"helper-{uuid.uuid4().hex[:8]}.log"
+        with self._said.open("w") as said:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", PRELUDE + orders + OBEY],
+                env=aiida.env,
+                cwd=aiida.home,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+            )
         self._answer()
 
     def ask(self, what: str, *arguments: Any) -> Any:
@@ -172,10 +178,16 @@ class Helper:
 
     def _answer(self) -> Any:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("ANSWER "):
-                return json.loads(line.removeprefix("ANSWER "))
-        raise AssertionError("the helper has ended")
+        late = threading.Timer(ANSWER_SECONDS, self.process.kill)
+        late.start()
+        try:
+            for line in self.process.stdout:
+                if line.startswith("ANSWER "):
+                    return json.loads(line.removeprefix("ANSWER "))
+        finally:
+            late.cancel()
+            late.join()
+        raise AssertionError(f"the helper has ended, or gave no answer: {self._said.read_text()[-2000:]}")
 
     def end(self) -> None:
         """End it."""
@@ -215,10 +227,12 @@ def instance(site: Path, home: Path, *, vendored: bool) -> Iterator[Aiida]:
     try:
         yield made
     finally:
-        if (home / ".aiida" / "daemon" / f"circus-{profile}.pid").exists():
-            made.verdi("daemon", "stop")
-        made.coordinator("stop")
-        shutil.rmtree(f"/tmp/aiida_{profile}_pipes", ignore_errors=True)
+        try:
+            if (home / ".aiida" / "daemon" / f"circus-{profile}.pid").exists():
+                made.verdi("daemon", "stop")
+        finally:
+            made.coordinator("stop")
+            shutil.rmtree(f"/tmp/aiida_{profile}_pipes", ignore_errors=True)
 
 
 class RabbitMQ:
@@ -263,7 +277,8 @@ class RabbitMQ:
     def kill(self) -> None:
         """Kill it, so that `start` is a start after a crash."""
         assert self._server is not None
-        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
         self._server.wait(30)
 
     def stop(self) -> None:

@@ -140,7 +140,7 @@ class Contest:
             SUBSCRIBERS * bursts * number / (time.perf_counter() - begin)
         )
         self.values["making a communicator (ms)"].append(1e3 * self._making())
-        self.values["broker's memory (MiB)"].append(self._resident)
+        self.values["broker's memory before the work (MiB)"].append(self._resident)
 
     def burst(self) -> None:
         """Measure, once, what a burst loses."""
@@ -229,7 +229,7 @@ RATIOS = [
     ("broadcasts to 4, deliveries (/s)", PIPES, RABBIT, False),
     ("making a communicator (ms)", PIPES, ZEROMQ, True),
     ("lost of a burst of 5,000 tasks", PIPES, ZEROMQ, True),
-    ("broker's memory (MiB)", PIPES, ZEROMQ, True),
+    ("broker's memory before the work (MiB)", PIPES, ZEROMQ, True),
     ("broker's processor time for 10,000 tasks (s)", UNSYNCED, ZEROMQ, True),
 ]
 

@@ -5,9 +5,10 @@
 
 The blows are SIGKILL, to one or to all workers, SIGSTOP, restarts, and the removal of directories, pipes and routes.
 Senders send from signal handlers too, inside other sends, and fork. Senders and workers append a line to a file before
-or after each step, so that the evidence outlives them. At the end:
-every task whose ``task_send`` returned was done; whoever did a task that was done again was killed; every call and
-every task that somebody waited for came to an end; nothing is left of anybody. The exit status is 1 if not.
+or after each step, so that the evidence outlives them, and a line stands there before each kill. At the end:
+every task whose ``task_send`` returned was done; whoever did a task was killed before somebody did it again; every call
+and every task that somebody waited for came to an end; nobody ended who was not told to; nothing is left of anybody.
+The exit status is 1 if not.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Evidence:
 def work(profile: str, config_path: str, name: str, life: str, seed: str) -> None:
     """Do tasks, answer calls and listen, until standard input ends."""
     chance = random.Random(seed)
-    done, twice = Evidence(config_path, "done"), Evidence(config_path, "twice")
+    done, broadcasts = Evidence(config_path, "done"), Evidence(config_path, "broadcasts")
     heard = Counter[str]()
     ending = threading.Event()
 
@@ -90,7 +91,7 @@ def work(profile: str, config_path: str, name: str, life: str, seed: str) -> Non
             queue.remove_task_subscriber(identifier)
         # What is in hand is finished first: a task that is given back is done again without anybody's death.
         within(lambda: not any(Path(config_path, "coordinator").rglob(f"claimed/{name}/task_*")), DRAIN_SECONDS)
-    twice.add(sum(count - 1 for count in heard.values()))
+    broadcasts.add(len(heard), heard.total() - len(heard))
 
 
 def send(profile: str, config_path: str, name: str, seed: str) -> None:
@@ -133,25 +134,28 @@ def send(profile: str, config_path: str, name: str, seed: str) -> None:
             elif kind < 0.99:
                 communicator.broadcast_send(body)
             else:
-                fork(communicator, chance.random() < 0.5)
+                ends.add("fork", fork(communicator, chance.random() < 0.5))
             if len(pending) >= 100:
                 settle(pending, ends)
         signal.setitimer(signal.ITIMER_REAL, 0)
         settle(pending, ends)
 
 
-def fork(communicator: PipeCommunicator, orderly: bool) -> None:
-    """Fork a child that finds the communicator closed, and ends."""
+def fork(communicator: PipeCommunicator, orderly: bool) -> str:
+    """Fork a child that finds the communicator closed, and ends; say in a word whether it did."""
     signal.setitimer(signal.ITIMER_REAL, 0)
     pid = os.fork()
     if pid == 0:
-        with contextlib.suppress(kiwipy.CommunicatorClosed):
+        status = 1
+        try:
             communicator.broadcast_send("from a child")
-            os._exit(1)
-        if orderly:
-            communicator.close()
-        os._exit(0)
-    os.waitpid(pid, 0)
+        except kiwipy.CommunicatorClosed:
+            if orderly:
+                communicator.close()
+            status = 0
+        finally:
+            os._exit(status)
+    return "closed" if os.waitpid(pid, 0)[1] == 0 else "WRONG"
 
 
 def settle(pending: list[tuple[str, dict[str, Any], Any]], ends: Evidence) -> None:
@@ -174,6 +178,19 @@ def how_it_ends(future: Any, expected: object) -> str:
         return type(error).__name__
 
 
+def done_again(lines: list[list[str]]) -> tuple[dict[str, str], set[str], set[str]]:
+    """Return who did each task last, which were done again after a kill, and which without one."""
+    last, dead, again, unexplained = dict[str, str](), set[str](), set[str](), set[str]()
+    for task, life in lines:
+        if task == "killed":
+            dead.add(life)
+            continue
+        if task in last:
+            (again if last[task] in dead and last[task] != life else unexplained).add(task)
+        last[task] = life
+    return last, again, unexplained
+
+
 class Torture:
     """A profile, its processes, and what is done to them."""
 
@@ -182,12 +199,17 @@ class Torture:
         self.config_path = directory
         self.chance = random.Random(seed)
         self.blows = Counter[str]()
-        self._killed: set[str] = set()
+        self._failed: list[str] = []
         self._lives: dict[int, str] = {}
-        self._evidence = {name: Evidence(directory, name) for name in ("done", "sent", "ends", "twice")}
-        self._descriptors = self._open_descriptors(control.start(self.profile, directory))
-        self.workers = [self._start_worker(number) for number in range(WORKERS)]
-        self.senders = [self._start_sender(number) for number in range(SENDERS)]
+        self._evidence = {name: Evidence(directory, name) for name in ("done", "sent", "ends", "broadcasts")}
+        self.workers: list[subprocess.Popen[str]] = []
+        self.senders: list[subprocess.Popen[str]] = []
+
+    def begin(self) -> None:
+        """Start the processes."""
+        self._descriptors = self._open_descriptors(control.start(self.profile, self.config_path))
+        self.workers += (self._start_worker(number) for number in range(WORKERS))
+        self.senders += (self._start_sender(number) for number in range(SENDERS))
 
     def _start_worker(self, number: int) -> subprocess.Popen[str]:
         life = f"life{len(self._lives)}"
@@ -218,16 +240,11 @@ class Torture:
 
     def _kill_worker(self) -> None:
         number = self.chance.randrange(WORKERS)
-        self._killed.add(self._lives[self.workers[number].pid])
         self._kill(self.workers[number])
         self.workers[number] = self._start_worker(number)
 
     def _kill_all_workers(self) -> None:
-        for process in self.workers:
-            self._killed.add(self._lives[process.pid])
-            process.kill()
-        for process in self.workers:
-            process.communicate()
+        self._kill(*self.workers)
         self.workers = [self._start_worker(number) for number in range(WORKERS)]
 
     def _kill_sender(self) -> None:
@@ -267,16 +284,27 @@ class Torture:
 
     def _restart_worker(self) -> None:
         number = self.chance.randrange(WORKERS)
-        self.workers[number].communicate(timeout=DRAIN_SECONDS)
+        self._end(self.workers[number])
         self.workers[number] = self._start_worker(number)
 
     def _restart_coordinator(self) -> None:
         control.stop(self.config_path)
         control.start(self.profile, self.config_path)
 
-    def _kill(self, process: subprocess.Popen[str]) -> None:
-        process.kill()
-        process.communicate()
+    def _kill(self, *processes: subprocess.Popen[str]) -> None:
+        for process in processes:
+            if process.poll() is not None:
+                self._failed.append(f"{process.args[2:5]}: {process.returncode}")
+            # Before it is so, since its task may be another's at once.
+            self._evidence["done"].add("killed", self._lives.get(process.pid, "sender"))
+            process.kill()
+        for process in processes:
+            process.communicate()
+
+    def _end(self, process: subprocess.Popen[str]) -> None:
+        process.communicate(timeout=4 * DRAIN_SECONDS)
+        if process.returncode:
+            self._failed.append(f"{process.args[2:5]}: {process.returncode}")
 
     def _pause(self, pid: int) -> None:
         os.kill(pid, signal.SIGSTOP)
@@ -308,11 +336,11 @@ class Torture:
     def verdict(self) -> dict[str, tuple[object, bool]]:
         """End everything, and return each figure with whether it is as it must be."""
         for process in self.senders:
-            process.communicate()
+            self._end(process)
         within(lambda: not self._unfinished(), DRAIN_SECONDS)
         unfinished = self._unfinished()
         for process in self.workers:
-            process.communicate()
+            self._end(process)
         layout = directories.locate(self.config_path)
         assert layout is not None
         within(lambda: not self._left(layout), DRAIN_SECONDS)
@@ -322,26 +350,25 @@ class Torture:
         said = [path.read_text(errors="replace") for path in layout.queue.glob("coordinator.log*")]
         strangers = [line for text in said for line in text.splitlines() if "none of ours" in line]
         lines = {name: evidence.take() for name, evidence in self._evidence.items()}
-        runs: dict[str, list[str]] = {}
-        for task, life in lines["done"]:
-            runs.setdefault(task, []).append(life)
-        lost = [task for (task,) in lines["sent"] if task not in runs]
-        again = [task for task, lives in runs.items() if len(lives) > 1]
-        unexplained = [task for task in again if not self._killed.issuperset(runs[task][:-1])]
-        ends = {what: Counter(end for kind, end in lines["ends"] if kind == what) for what in ("call", "task")}
-        heard_twice = sum(int(count) for (count,) in lines["twice"])
+        did, again, unexplained = done_again(lines["done"])
+        lost = [task for (task,) in lines["sent"] if task not in did]
+        ends = {what: Counter(end for kind, end in lines["ends"] if kind == what) for what in ("call", "task", "fork")}
+        heard, heard_twice = (sum(map(int, counts)) for counts in zip(*lines["broadcasts"], strict=True))
         return {
             "tasks sent": (len(lines["sent"]), bool(lines["sent"])),
             "tasks lost": (len(lost), not lost),
             "tasks left waiting, claimed or failed": (unfinished, not unfinished),
-            "tasks done again after a kill": (len(again) - len(unexplained), True),
+            "tasks done again after a kill": (len(again), True),
             "tasks done again without a kill": (len(unexplained), not unexplained),
             "how the outcomes of tasks came": (dict(ends["task"]), ends["task"].keys() == {"result"}),
             "how calls ended": (
                 dict(ends["call"]),
                 {"result"} <= ends["call"].keys() <= {"result", "UnroutableError", "DeliveryFailed"},
             ),
+            "what sends in a forked child found": (dict(ends["fork"]), ends["fork"].keys() <= {"closed"}),
+            "broadcasts heard": (heard, bool(heard)),
             "broadcasts heard twice": (heard_twice, not heard_twice),
+            "processes that ended of themselves": (self._failed[:3], not self._failed),
             "files, pipes and routes left": (left[:5], not left),
             "own files that were taken for a stranger's": (strangers[:1], not strangers),
             "descriptors that the coordinator has left open": (
@@ -374,6 +401,7 @@ def main() -> int:
     directory = Path(tempfile.mkdtemp(prefix="namedpipe-torture-"))
     torture = Torture(directory, options.seed)
     try:
+        torture.begin()
         begin = time.monotonic()
         while (now := time.monotonic() - begin) < 60 * options.minutes:
             torture.strike()
