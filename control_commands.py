@@ -64,11 +64,13 @@ def stop(options: argparse.Namespace) -> Answer:
 
 
 def restart(options: argparse.Namespace) -> Answer:
-    """Stop it if it runs, and start it."""
+    """Stop it if it runs, and start one that ends when that one would have ended."""
     layout = directories.locate(options.directory)
     if layout is not None:
         # Before it is stopped, as it could not be started again.
         directories.check(layout, control_profiles.uuid(options.directory))
+        idle = (presence.coordinator(layout) or {}).get("idle")
+        options.idle = idle if isinstance(idle, int | float) else None
     control.stop(options.directory)
     return (yield from start(options, "Restarted"))
 

@@ -127,23 +127,33 @@ def _config_path(options: argparse.Namespace) -> Path:
         config_path = control_profiles.find(name)
     else:
         config_path = Path(options.config_path).expanduser().absolute()
-    known = _profile_in(config_path, name, options.command)
-    if known != name:
-        raise ValueError(f"{config_path} belongs to the profile '{known}', not to '{name}': name that one by --profile")
+    # Without a command it is for the queue itself to refuse.
+    said = directories.read_format(config_path) if options.command is not None else {}
+    _check_profile(config_path, name, said)
     return config_path
 
 
-def _profile_in(config_path: Path, name: str, command: str | None) -> str:
-    """Return which profile's a directory is: where AiiDA has it, AiiDA knows; and its queue says whose it is."""
-    uuid = None
+def _check_profile(config_path: Path, name: str, said: dict[str, Any]) -> None:
+    """Refuse a directory that is another profile's: where AiiDA has it, AiiDA knows, and its queue says whose it is.
+
+    :param said: what the queue says of itself.
+    :raises ValueError: it is another's.
+    """
+    found = None
     with contextlib.suppress(ValueError, OSError):  # Whoever needs AiiDA's configuration says what is wrong with it.
         found = control_profiles.of(config_path)
-        if found is not None and found[1] != name:
-            return found[1]
-        uuid = found[0].uuid(name) if found is not None else None
-    # Without a command it is for the queue itself to refuse.
-    said = directories.read_format(config_path) if command is not None else {}
-    return name if not said or whose.Owner(name, uuid).is_of(said) else str(said.get("profile", name))
+    owner = str(said.get("profile", name))
+    if found is not None and found[1] == name:
+        if said and not whose.Owner(name, found[0].uuid(name)).is_of(said):
+            queue = config_path / "coordinator"
+            raise ValueError(
+                f"{queue} is the queue of the profile '{owner}', in the directory of '{name}': when nothing of that "
+                f"one runs here any more, set it aside by '{whose.set_aside(queue)}'"
+            )
+        return
+    owner = found[1] if found is not None else owner
+    if owner != name:
+        raise ValueError(f"{config_path} belongs to the profile '{owner}', not to '{name}': name that one by --profile")
 
 
 # What it understands

@@ -14,16 +14,18 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import kiwipy
 
 if TYPE_CHECKING or not __package__:
     import control
+    import control_profiles
     import presence
     from pipebroker import PipeCommunicator
 else:
-    from . import control, presence
+    from . import control, control_profiles, presence
     from .pipebroker import PipeCommunicator
 
 
@@ -77,7 +79,8 @@ def broadcast(
 @contextlib.contextmanager
 def _communicator(profile_name: str, config_path: str | os.PathLike[str]) -> Iterator[PipeCommunicator]:
     control.find(config_path)  # A mistyped profile is not to be made.
-    with PipeCommunicator(profile_name, config_path) as communicator:
+    profile_uuid = control_profiles.uuid(Path(config_path))
+    with PipeCommunicator(profile_name, config_path, profile_uuid=profile_uuid) as communicator:
         yield communicator
 
 

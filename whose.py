@@ -1,8 +1,8 @@
 """Whose a queue is, and in which format: what stands in its file ``format``.
 
 Strategy: whoever uses a queue first writes the file, and everybody after that reads it. A profile is told from others
-by its UUID where it has one, so that it keeps its queue when it is renamed, and one that is made anew under its name
-does not get it.
+by its UUID where it has one, so that it keeps its queue when it is renamed, its directory with it, and one that is made
+anew under its name does not get it.
 
 Rules:
 - A queue of another profile, or in another format, is refused with what to do about it.
@@ -94,12 +94,13 @@ class Owner:
         if not self.is_of(said):
             raise DirectoryRefused(
                 f"{queue} belongs to the profile '{name}', not to '{self.profile}': name that profile, or another "
-                "configuration directory."
+                "configuration directory, or, when nothing of that one runs here any more, set it aside by "
+                f"'{set_aside(queue)}'."
             )
         if None not in (said.get("uuid"), self.uuid) and said["uuid"] != self.uuid:
             raise DirectoryRefused(
                 f"{queue} belongs to another profile that was called '{name}' too: when nothing of that one runs any "
-                f"more, set it aside by '{_set_aside(queue)}', or delete it by the command 'delete'."
+                f"more, set it aside by '{set_aside(queue)}', or delete it by the command 'delete'."
             )
 
     def _establish(self, queue: Path) -> dict[str, Any]:
@@ -152,11 +153,12 @@ def check_format(queue: Path, said: dict[str, Any]) -> None:
     if said.get("format") != FORMAT:
         raise DirectoryRefused(
             f"{queue} has format {said.get('format')!r:.40}, and this version knows {FORMAT}: use the version that "
-            f"made it, or set it aside by '{_set_aside(queue)}'."
+            f"made it, or set it aside by '{set_aside(queue)}'."
         )
 
 
-def _set_aside(queue: Path) -> str:
+def set_aside(queue: Path) -> str:
+    """Return the command that makes room for a new queue."""
     import shlex  # Here, as few need it.
 
     return shlex.join(["mv", str(queue), f"{queue}.old"])

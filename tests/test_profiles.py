@@ -119,8 +119,16 @@ def test_a_queue_that_was_copied_to_another_profiles_place_is_its_own_profiles(b
     directory = configuration(tmp_path, broker.profile, uuid=NEW)
     broker.config_path = directory / "profiles" / broker.profile
     directories.establish("elsewhere", broker.config_path, OLD)
-    said = say(tmp_path, "--profile", broker.profile, "delete", "--yes")
-    assert said.returncode == 1 and "belongs to the profile 'elsewhere'" in said.stderr and broker.queue.exists()
+    for line in ("delete --yes", "status", "start", "send 1"):
+        said = say(tmp_path, "--profile", broker.profile, *line.split())
+        assert said.returncode == 1 and "is the queue of the profile 'elsewhere'" in said.stderr
+        assert broker.queue.exists()
+        # To name that one would not help: the directory is not its own.
+        assert "--profile" not in said.stderr
+    command = said.stderr.partition("set it aside by '")[2].rpartition("'")[0]
+    subprocess.run(command, shell=True, check=True)
+    assert "Started" in say(tmp_path, "--profile", broker.profile, "start").stdout
+    broker.stack.callback(control.stop, broker.config_path)
     directories.remove_pipes(Path("/tmp/aiida_elsewhere_pipes"))
 
 
@@ -333,10 +341,21 @@ def test_a_profile_keeps_its_queue_when_it_is_renamed(broker: Broker, tmp_path: 
     broker.config_path = broker.config_path.rename(directory / "profiles" / broker.profile)
     assert json.loads(say(tmp_path, "status", "--json").stdout)["tasks"]["waiting"] == 1
     assert "belongs to" not in say(tmp_path, "doctor").stdout
+    assert say(tmp_path, "send", "1").stdout == "Sent.\n"
     assert "Started" in say(tmp_path, "start").stdout
     broker.stack.callback(control.stop, broker.config_path)
     assert directories.read_format(broker.config_path)["profile"] == broker.profile
-    assert [task.body for task in broker.communicator(profile_uuid=OLD).task_queue("kiwipy.tasks")] == ["waits"]
+    assert [task.body for task in broker.communicator(profile_uuid=OLD).task_queue("kiwipy.tasks")] == ["waits", 1]
+
+
+@pytest.mark.parametrize("line", ["send 1", "call somebody 1", "broadcast 1"])
+def test_a_profile_that_was_made_again_sends_nothing_to_the_old_one(broker: Broker, tmp_path: Path, line: str) -> None:
+    directory = configuration(tmp_path, broker.profile, current=broker.profile, uuid=NEW)
+    broker.config_path = directory / "profiles" / broker.profile
+    broker.communicator(profile_uuid=OLD).close()
+    said = say(tmp_path, *line.split())
+    assert said.returncode == 1 and "set it aside by 'mv" in said.stderr, said
+    assert broker.tasks("waiting") == [] and not list(broker.pipes.glob("kept_*"))
 
 
 def test_a_directory_of_another_name_says_which_profile_to_name(broker: Broker) -> None:
@@ -360,6 +379,17 @@ def test_who_is_started_for_others_ends_when_nobody_is_there(broker: Broker) -> 
     eventually(lambda: not broker.status()["running"], 2 * TIMEOUT)
     assert "no communicator has been here for 0.5 s" in broker.log()
     assert len(broker.tasks("waiting")) == 1
+
+
+def test_who_is_started_again_ends_as_the_one_before_it_would(broker: Broker) -> None:
+    broker.communicator()
+    assert "Started" in broker.run("start", "--idle", "300")
+    broker.stack.callback(control.stop, broker.config_path)
+    broker.run("restart")
+    assert broker.status()["idle"] == 300.0
+    broker.run("stop")
+    broker.run("restart")
+    assert broker.status()["idle"] is None
 
 
 @pytest.mark.parametrize("who", ["sender", "worker without pipes"])
