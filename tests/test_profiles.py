@@ -118,7 +118,7 @@ def test_a_directory_that_aiida_knows_is_of_the_profile_that_it_says(
 def test_a_queue_that_was_copied_to_another_profiles_place_is_its_own_profiles(broker: Broker, tmp_path: Path) -> None:
     directory = configuration(tmp_path, broker.profile, uuid=NEW)
     broker.config_path = directory / "profiles" / broker.profile
-    directories.establish("elsewhere", broker.config_path, OLD)
+    theirs = directories.establish("elsewhere", broker.config_path, OLD)
     for line in ("delete --yes", "status", "start", "send 1"):
         said = say(tmp_path, "--profile", broker.profile, *line.split())
         assert said.returncode == 1 and "is the queue of the profile 'elsewhere'" in said.stderr
@@ -129,7 +129,7 @@ def test_a_queue_that_was_copied_to_another_profiles_place_is_its_own_profiles(b
     subprocess.run(command, shell=True, check=True)
     assert "Started" in say(tmp_path, "--profile", broker.profile, "start").stdout
     broker.stack.callback(control.stop, broker.config_path)
-    directories.remove_pipes(Path("/tmp/aiida_elsewhere_pipes"))
+    directories.remove_pipes(theirs.pipes)
 
 
 def test_without_aiida_any_name_will_do_but_none(tmp_path: Path) -> None:
