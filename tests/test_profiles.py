@@ -128,7 +128,7 @@ def test_a_queue_that_was_copied_to_another_profiles_place_is_its_own_profiles(b
     command = said.stderr.partition("set it aside by '")[2].rpartition("'")[0]
     subprocess.run(command, shell=True, check=True)
     assert "Started" in say(tmp_path, "--profile", broker.profile, "start").stdout
-    broker.stack.callback(control.stop, broker.config_path)
+    control.stop(broker.config_path)
     directories.remove_pipes(theirs.pipes)
 
 
