@@ -145,7 +145,7 @@ def _check_profile(config_path: Path, name: str, said: dict[str, Any]) -> None:
     owner = str(said.get("profile", name))
     if found is not None and found[1] == name:
         if said and not whose.Owner(name, found[0].uuid(name)).is_of(said):
-            queue = config_path / "coordinator"
+            queue = directories.queue_in(config_path)
             raise ValueError(
                 f"{queue} is the queue of the profile '{owner}', in the directory of '{name}': when nothing of that "
                 f"one runs here any more, set it aside by '{whose.set_aside(queue)}'"

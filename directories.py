@@ -74,7 +74,7 @@ class Layout:
     @property
     def queue(self) -> Path:
         """Holds the default task queue, ``queues/``, ``coordinator.lock`` and ``coordinator.log``."""
-        return self.config_path / "coordinator"
+        return queue_in(self.config_path)
 
     @property
     def paused(self) -> Path:
@@ -132,12 +132,12 @@ def establish(profile_name: str, config_path: str | os.PathLike[str], profile_uu
         raise ValueError(f"{profile_name!r} cannot be a profile's name: it is empty, or too long for a file name")
     config = _real(config_path)
     try:
-        for directory in (config / "pipes", config / "coordinator"):
+        for directory in (config / "pipes", queue_in(config)):
             files.make_directories(directory)
             # Of what a symlink leads to as well: a queue may lie on another disk, but not in another's hands.
             if {os.lstat(directory).st_uid, os.stat(directory).st_uid} != {os.geteuid()}:
                 raise DirectoryRefused(f"{directory} belongs to another user: run this as that user.")
-        owner, queue = whose.Owner(profile_name, profile_uuid), config / "coordinator"
+        owner, queue = whose.Owner(profile_name, profile_uuid), queue_in(config)
         if whose.read(queue) is None:
             _adopt(queue)
         owner.take(queue)
@@ -186,9 +186,14 @@ def locate(config_path: str | os.PathLike[str]) -> Layout | None:
     return Layout(config, own if _is_anothers(plain, config) or _belongs(own, config) else plain)
 
 
+def queue_in(config_path: Path) -> Path:
+    """Return where a configuration directory has its queue."""
+    return config_path / "coordinator"
+
+
 def read_format(config_path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what the queue in a configuration directory says of itself (``format``); nothing, if it says nothing."""
-    return whose.read(_real(config_path) / "coordinator") or {}
+    return whose.read(queue_in(_real(config_path))) or {}
 
 
 def configurations() -> Iterator[tuple[Path, Path]]:

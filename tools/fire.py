@@ -230,7 +230,7 @@ class Fire:
         if alive:
             self._ask(action, self.chance.choice(alive))
 
-    def _ask(self, action: str, pk: int) -> str:
+    def _ask(self, action: str, pk: int) -> None:
         if action == "kill":
             self.killed.add(pk)
         elif action == "pause":
@@ -238,7 +238,6 @@ class Fire:
         self.evidence.add("-", action, pk)
         answer = str(self.helper.ask("act", action, pk)).partition(":")[0]
         self.answers[f"{action}: {answer}"] += 1
-        return answer
 
     def switch(self) -> None:
         """Go to RabbitMQ and back, processes in flight included."""
