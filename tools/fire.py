@@ -264,6 +264,7 @@ class Fire:
         known = {*self.evidence.submitted(), *self.started}
         lost = missing & known - set(self.helper.ask("unsaved", sorted(missing & known)))
         self.wrong += [f"before a switch there was no task for {sorted(lost)}"] if lost else []
+        # The task of a process that ended just before its worker died is there until the next one drops it.
         self.wrong += [f"before a switch: {each}" for each in others if "terminated" not in each]
 
     def _stop_daemon(self) -> None:
