@@ -205,9 +205,9 @@ def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
     rows, unreadable = [], list[str]()
     if layout is not None:
         try:
-            directories.check_format(layout)
-        except directories.DirectoryRefused as error:
-            unreadable.append(str(error))
+            directories.check(layout, control_profiles.uuid(layout.config_path))
+        except (OSError, ValueError) as error:
+            unreadable.append(files.told(error))
         for key, queue in queues(layout).items():
             try:
                 rows.append({"name": queue_name(layout, key), **_queue_row(queue, in_hand, unreadable)})

@@ -86,7 +86,7 @@ def status(answer: dict[str, Any]) -> Iterator[str]:
             )
     yield from _workers(answer)
     for problem in answer["unreadable"]:
-        yield f"Not all can be seen: {flat(problem)}"
+        yield f"Not all is well: {flat(problem)}"
     for queue in answer["queues"]:
         if queue["waiting"] and not queue["subscribers"]:
             wait = "tasks wait" if queue["waiting"] > 1 else "task waits"

@@ -165,6 +165,7 @@ def test_a_profile_that_was_made_again_does_not_get_the_tasks_of_the_old_one(bro
     aside = f"mv {broker.queue} {broker.queue}.old"
     assert said.returncode == 1 and "belongs to another profile" in said.stderr and aside in said.stderr
     assert aside in say(tmp_path, "doctor").stdout
+    assert aside in say(tmp_path, "status").stdout
     # It can still be looked at, and deleted.
     assert json.loads(say(tmp_path, "status", "--json").stdout)["tasks"]["waiting"] == 1
     broker.stack.close()
