@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,23 @@ def test_a_step_may_run_again_after_a_death_only(tmp_path: Path, lines: str, wro
 def test_a_task_may_be_done_again_after_a_kill_only(lines: str, again: int, unexplained: int) -> None:
     found = torture.done_again([line.split() for line in lines.split("|")])
     assert (len(found[1]), len(found[2])) == (again, unexplained)
+
+
+@pytest.mark.parametrize(
+    ("answers", "wrong"),
+    [
+        ({"kill Small: True": 9, "kill Small: TimeoutError": 1}, 0),
+        ({"kill Small: True": 8, "kill Small: TimeoutError": 1}, 1),
+        (
+            {
+                "kill Small: True": 5,
+                "play Small: UnroutableError": 4,
+                "pause ArithmeticAddCalculation: TimeoutError": 2,
+            },
+            1,
+        ),
+        ({"kill Small: True": 1, "kill ArithmeticAddCalculation: TimeoutError": 9}, 0),
+    ],
+)
+def test_most_of_what_is_asked_under_fire_is_answered(answers: dict[str, int], wrong: int) -> None:
+    assert len(fire.unanswered(Counter(answers))) == wrong
