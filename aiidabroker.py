@@ -22,6 +22,7 @@ import contextlib
 import logging
 import os
 import re
+import select
 import threading
 import time
 import weakref
@@ -51,6 +52,7 @@ NAME = "core.namedpipe"
 """What AiiDA's profiles call it, copied into AiiDA or as a plugin."""
 _SERIALIZED = "aiida.orm.utils.serialize"
 _REVIVE_SECONDS = 1.0
+_COMING_SECONDS = 5.0
 IDLE_SECONDS = 300
 """For how long a coordinator that was started here serves on where no communicator is."""
 
@@ -127,6 +129,11 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
 
     def _expect_service(self) -> None:
         """:raises ConnectionError: no coordinator serves; the message says what to do."""
+        if not self.check_service_reachable() and _daemon_runs(self._profile):
+            # Its worker may be just starting one, after the `verdi daemon start` before this.
+            end = time.monotonic() + _COMING_SECONDS
+            while not self.check_service_reachable() and time.monotonic() < end:
+                select.select([], [], [], 1.0)
         layout = directories.locate(self.config_path)
         if layout is not None:
             try:
@@ -381,7 +388,8 @@ def configure(
         BrokerFactory(NAME)
     except EntryPointError as error:
         raise RuntimeError(
-            f"AiiDA does not have one broker '{NAME}': run 'pip install .' or vendor.py, but not both ({error})"
+            f"AiiDA does not have one broker '{NAME}': run 'pip install .' or vendor.py; where both were run, 'pip "
+            f"uninstall aiida-namedpipe' takes one out ({error})"
         ) from error
     try:
         config = get_config()
@@ -396,6 +404,11 @@ def configure(
     profile.set_process_controller(name=NAME, config={"autostart": autostart, "idle": idle})
     config.update_profile(profile)
     config.store()
+    return _daemon_runs(profile)
+
+
+def _daemon_runs(profile: Any) -> bool | None:
+    """Say whether a profile's daemon runs; `None` if that cannot be known."""
     try:
         from aiida.engine.daemon.client import DaemonClient  # Half a second, for this alone.
 

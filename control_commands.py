@@ -256,6 +256,10 @@ def list_(options: argparse.Namespace) -> Answer:
 
 def delete(options: argparse.Namespace) -> Answer:
     """Delete the queue of the profile, with all its tasks, and its pipes."""
+    control.expect(options.directory)
+    if directories.locate(options.directory) is None:
+        yield f"There is nothing to delete: no broker has run in {options.directory} yet.", {"deleted": None}
+        return 0
     counts = control.status(control.own(options.directory).config_path)["tasks"]
     if not options.yes:
         question = f"Delete {options.directory}/coordinator with {words.counts(counts)}? [y/N] "

@@ -54,9 +54,12 @@ class Finding:
 def examine(config_path: str | os.PathLike[str]) -> list[Finding]:
     """Look for what goes wrong in practice; an empty list says that nothing was found.
 
-    :raises presence.CoordinatorError: no broker has run there.
+    :raises presence.CoordinatorError: it is no profile's directory, as far as can be known.
     """
-    layout = directories.locate(config_path) or control.find(config_path)
+    control.expect(Path(config_path))
+    layout = directories.locate(config_path)
+    if layout is None:
+        return [Finding(f"no broker has run in {config_path} yet", "start what uses it", problem=False)]
     owner = os.stat(layout.queue).st_uid if layout.queue.exists() else os.geteuid()
     if owner != os.geteuid():
         return [Finding(f"{layout.queue} belongs to user {owner}", "run this as that user")]

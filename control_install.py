@@ -90,6 +90,9 @@ def delete(config_path: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]
             left += _remove(directory, strange)
             if not os.path.lexists(directory):
                 removed.append(directory)
+    if layout.config_path.parent.name == "profiles":
+        with contextlib.suppress(OSError):  # Of AiiDA's own, only what has something there makes it.
+            layout.config_path.rmdir()
     return removed, left
 
 

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None, serve: Serve, prog: str, where: Where | No
 
 
 def _options(arguments: list[str] | None, prog: str, where: Where | None) -> argparse.Namespace:
-    parser, _ = parsers(prog, with_profile=where is None)
+    parser, parts = parsers(prog, with_profile=where is None)
     profile, config_path = where or (None, None)
     blank = argparse.Namespace(profile=profile, config_path=config_path, json=False, idle=None, prog=prog)
     blank.aiida = where is not None
@@ -67,7 +67,10 @@ def _options(arguments: list[str] | None, prog: str, where: Where | None) -> arg
     printed, complaint = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(complaint):
-            options = parser.parse_args(arguments, blank)
+            options, unknown = parser.parse_known_args(arguments, blank)
+            if unknown:
+                # With the usage of the command, which `parse_args` would not show.
+                parts.get(options.command, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
             if options.profile is None and options.command not in _WITHOUT_PROFILE:
                 options.profile = control_profiles.current() if options.config_path is None else None
                 if options.profile is None:

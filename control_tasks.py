@@ -204,7 +204,9 @@ def _find_each(layout: directories.Layout, task_ids: Iterable[str]) -> dict[str,
     by_pk = {str(_pk(each)): each for each in sorted(there.values(), key=lambda each: each.name)} if numbers else {}
     for task_id in wanted - found.keys():
         matching = [
-            each for each in there.values() if each.task_id.startswith(task_id) or each.task_id.endswith(task_id)
+            each
+            for each in there.values()
+            if task_id and (each.task_id.startswith(task_id) or each.task_id.endswith(task_id))
         ]
         if _may_be_pk(task_id):
             # Never a part of an id, which would be that of another process.
@@ -213,8 +215,8 @@ def _find_each(layout: directories.Layout, task_ids: Iterable[str]) -> dict[str,
             found[task_id] = by_pk.get(task_id, NoSuchTask(none + part))
             continue
         told = f"{len(matching)} tasks have ids that begin or end with" if matching else "no task is called"
-        problem = NoSuchTask(f"{told} {task_id}; 'tasks' lists them")
-        found[task_id] = matching[0] if len(matching) == 1 and task_id else problem
+        problem = NoSuchTask(f"{told} {task_id or repr(task_id)}; 'tasks' lists them")
+        found[task_id] = matching[0] if len(matching) == 1 else problem
     return found
 
 

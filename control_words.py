@@ -152,7 +152,7 @@ def pretty(value: Any) -> str:
 def counts(number: dict[str, int]) -> str:
     """Return how many tasks there are, for whoever is about to lose them."""
     alive = number["waiting"] + number["claimed"]
-    return f"{count(sum(number.values()), 'task')}, of which {alive:,} are not done"
+    return f"{count(sum(number.values()), 'task')}, of which {alive:,} {'is' if alive == 1 else 'are'} not done"
 
 
 def installations(rows: list[dict[str, Any]]) -> Iterator[str]:

@@ -285,10 +285,13 @@ class Target:
         for compiled in (self.command.parent / "__pycache__").glob(f"{self.command.stem}.*.pyc"):
             compiled.unlink()
         shutil.rmtree(self.copy / "__pycache__", ignore_errors=True)
-        for draft in self._drafts():
-            draft.unlink()
         with contextlib.suppress(FileNotFoundError):
             self.copy.rmdir()
+
+    def remove_drafts(self) -> None:
+        """Remove what a copying that was killed has left."""
+        for draft in self._drafts():
+            draft.unlink()
 
     def _present(self) -> set[Path]:
         if self.copy.exists() and not self.copy.is_dir():
@@ -296,10 +299,10 @@ class Target:
         return set(self.copy.iterdir()) if self.copy.is_dir() else set()
 
     def _drafts(self) -> set[Path]:
-        """Return what a copying that was killed has left."""
         changed = [self.command, *self.edits, *([self.record] if self.record else [])]
         beside = {draft for path in changed for draft in path.parent.glob(f".{path.name}.????????")}
-        return beside | {path for path in self._present() if path.name.startswith(".") and not path.is_symlink()}
+        inside = {path for path in self._present() if re.fullmatch(r"\.\w+\.py\.\w{8}", path.name)}
+        return {path for path in beside | inside if path.is_file() and not path.is_symlink()}
 
     def _outlived(self) -> set[Path]:
         """Return the modules of an earlier edition that this one does not have."""
@@ -413,12 +416,15 @@ def write(contents: dict[Path, Content], say: Callable[[str], None]) -> None:
             path.unlink()
             say(f"removed {path}")
             continue
-        path.parent.mkdir(exist_ok=True)
+        if not path.parent.exists():
+            path.parent.mkdir()
+            _give(path.parent, path.parent.parent)
         # Never in place: installers such as uv and conda hard-link installed files to their cache.
         descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
             with open(descriptor, "wb") as file:
                 file.write(content)
+            _give(draft, path if path.exists() else path.parent)
             if path.exists():
                 shutil.copymode(path, draft)
             else:
@@ -429,6 +435,13 @@ def write(contents: dict[Path, Content], say: Callable[[str], None]) -> None:
                 os.unlink(draft)
             raise
         say(f"wrote {path}")
+
+
+def _give(path: Path | str, like: Path) -> None:
+    """Let a file have the owner of another one: root may copy into what is somebody else's."""
+    status = like.stat()
+    with contextlib.suppress(PermissionError):
+        os.chown(path, status.st_uid, status.st_gid)
 
 
 def _say(line: str) -> None:
@@ -454,6 +467,7 @@ def main(argv: list[str] | None = None) -> int:
             _say("\n".join(f"not up to date: {path}" for path in paths) or "up to date")
             return 1 if paths else 0
         write(target.without_broker() if arguments.remove else target.with_broker(), _say)
+        target.remove_drafts()
         if arguments.remove:
             target.remove_leavings()
         elif target.record is None:

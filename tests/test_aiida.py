@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import pipebroker
 import verdi
 from harness import HERE, eventually
 from verdi import PRELUDE, Aiida
@@ -132,11 +133,37 @@ def test_doors(aiida: Aiida) -> None:
     assert f"coordinator PID {aiida.coordinator_pid()}" in said
 
 
+def test_a_profile_that_is_deleted_while_somebody_uses_it_says_what_to_remove(aiida: Aiida) -> None:
+    if not aiida.vendored or "configure-broker" not in aiida.verdi("profile", "--help"):
+        pytest.skip("AiiDA's own commands know the broker where it is copied into 2.9 or newer")
+    other = Aiida(aiida.home, aiida.env, f"{aiida.profile}-1", aiida.vendored)
+    aiida.verdi("presto", "--use-namedpipe", "--non-interactive", "--profile-name", other.profile)
+    aiida.verdi("-p", other.profile, "coordinator", "start")
+    with pipebroker.PipeCommunicator(other.profile, other.config_path):
+        said = aiida.verdi("profile", "delete", "--force", "--keep-data", other.profile)
+    pipes = Path(f"/tmp/aiida_{other.profile}_pipes")
+    assert f"end the processes {os.getpid()} first" in said and pipes.exists()
+    (remove,) = re.findall("`(rm -r [^`]+)`", said.replace("\n", " "))
+    with (other.config_path / "coordinator" / "coordinator.lock").open() as lock:
+        subprocess.run(remove, shell=True, check=True)
+        assert not pipes.exists() and not list(other.config_path.iterdir())
+        eventually(lambda: is_free(lock.fileno()))  # The coordinator has seen it, and has ended.
+
+
+def is_free(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def test_which_profile_is_meant_is_for_verdi_to_say(aiida: Aiida) -> None:
     if not aiida.vendored:
         pytest.skip("aiida-coordinator says it itself")
     for option in ("--profile=other", "--config-path=/tmp", "--prof=other"):
         assert "unrecognized arguments" in aiida.verdi("coordinator", "status", option, status=2)
+        assert "usage: verdi coordinator status" in aiida.verdi("coordinator", "status", option, status=2)
     assert "usage: verdi coordinator tasks" in aiida.verdi("coordinator", "tasks", "--help")
     aiida.coordinator("start")
     assert "Sent" in aiida.verdi("coordinator", "send", "--", "-1.5e3")

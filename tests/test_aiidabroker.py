@@ -215,6 +215,30 @@ def test_verdi_status_starts_nothing_and_says_that_nobody_serves(
     assert not pipe_broker.get_communicator().is_closed()
 
 
+def test_verdi_status_waits_for_the_coordinator_that_a_starting_daemon_starts(
+    aiidabroker: ModuleType, made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aiidabroker.click, "get_current_context", Command("verdi", "status"))
+    daemon = SimpleNamespace(is_daemon_running=True)
+    monkeypatch.setattr("aiida.engine.daemon.client.DaemonClient", lambda _: daemon)
+    monkeypatch.setattr(aiidabroker, "_COMING_SECONDS", TIMEOUT)
+    worker = threading.Thread(target=broker.start)
+    worker.start()
+    assert not made().get_communicator().is_closed()
+    worker.join()
+
+
+def test_verdi_status_is_red_where_a_daemon_runs_and_no_coordinator_comes(
+    aiidabroker: ModuleType, made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(aiidabroker.click, "get_current_context", Command("verdi", "status"))
+    daemon = SimpleNamespace(is_daemon_running=True)
+    monkeypatch.setattr("aiida.engine.daemon.client.DaemonClient", lambda _: daemon)
+    monkeypatch.setattr(aiidabroker, "_COMING_SECONDS", 1.0)
+    with pytest.raises(ConnectionError, match="no coordinator serves"):
+        made().get_communicator()
+
+
 def test_verdi_status_says_that_the_coordinator_is_stopped(
     aiidabroker: ModuleType, made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

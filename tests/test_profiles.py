@@ -170,6 +170,7 @@ def test_a_profile_that_was_made_again_does_not_get_the_tasks_of_the_old_one(bro
     assert json.loads(say(tmp_path, "status", "--json").stdout)["tasks"]["waiting"] == 1
     broker.stack.close()
     assert say(tmp_path, "delete", "--yes").returncode == 0
+    assert not broker.config_path.exists()
     assert "Started" in say(tmp_path, "start").stdout
     broker.stack.callback(control.stop, broker.config_path)
     assert directories.read_format(broker.config_path)["uuid"] == NEW
@@ -357,6 +358,13 @@ def test_a_profile_that_was_made_again_sends_nothing_to_the_old_one(broker: Brok
     said = say(tmp_path, *line.split())
     assert said.returncode == 1 and "set it aside by 'mv" in said.stderr, said
     assert broker.tasks("waiting") == [] and not list(broker.pipes.glob("kept_*"))
+
+
+def test_a_profile_that_no_broker_has_served_yet_is_healthy_and_has_nothing_to_delete(tmp_path: Path) -> None:
+    configuration(tmp_path, "fresh", current="fresh")
+    for command, status in (["doctor"], 0), (["delete", "--yes"], 0), (["status"], 3):
+        said = say(tmp_path, *command)
+        assert (said.returncode, said.stderr) == (status, "") and "no broker has run in" in said.stdout
 
 
 def test_a_directory_of_another_name_says_which_profile_to_name(broker: Broker) -> None:

@@ -11,6 +11,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -174,17 +175,42 @@ def test_vendor_is_undone_whatever_became_of_the_copy(tree: tuple[Path, Path], w
     elif what == "removed":
         shutil.rmtree(copy)
     elif what == "draft":
-        (copy / ".pipebroker.py.abc").write_text("half")
+        (copy / ".pipebroker.py.abc_1234").write_text("half")
+        next(root.rglob("cmd_verdi.py")).with_name(".cmd_profile.py.abc_1234").write_text("half")
         module.unlink()
     else:
         (copy / "older.py").write_bytes(MARK)
     assert vendor(path) == 0
-    assert {name: digest for name, digest in checksums(root).items() if "/." not in name} == copied
+    assert checksums(root) == copied
     if what == "edited":
         module.write_text("# Copied by vendor.py of aiida-namedpipe: change it there, not here.\n")
     assert vendor(path, "--remove") == 0
     assert checksums(root) == before
     assert not list(root.rglob("*namedpipe*"))
+
+
+@pytest.mark.parametrize("make", [lambda path: path.write_text("mine"), Path.mkdir])
+def test_vendor_leaves_and_names_what_somebody_hides_in_the_copy(
+    tree: tuple[Path, Path], make: Callable[[Path], object]
+) -> None:
+    root, path = tree
+    assert vendor(path) == 0
+    hidden = next(root.rglob("namedpipe")) / ".notes"
+    make(hidden)
+    copied = checksums(root)
+    assert [vendor(path, *option) for option in ([], ["--check"], ["--remove"])] == [2, 2, 2]
+    assert checksums(root) == copied and hidden.exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can copy into what is somebody else's")
+def test_vendor_gives_all_to_whom_the_tree_belongs(tree: tuple[Path, Path]) -> None:
+    root, path = tree
+    for each in (root, *root.rglob("*")):
+        os.chown(each, 12345, 12345)
+    assert vendor(path) == 0
+    assert {each.stat().st_uid for each in root.rglob("*")} == {12345}
+    assert vendor(path, "--remove") == 0
+    assert {each.stat().st_uid for each in root.rglob("*")} == {12345}
 
 
 def test_vendor_is_undone_where_the_line_beside_ours_has_changed(tree: tuple[Path, Path]) -> None:

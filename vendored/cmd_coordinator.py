@@ -95,7 +95,14 @@ def _print_version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
 
 @verdi.group('coordinator', cls=CoordinatorGroup)
 @click.option('--json', 'as_json', is_flag=True, help='Print JSON, one object a line.')
-@click.option('--version', is_flag=True, is_eager=True, expose_value=False, callback=_print_version)
+@click.option(
+    '--version',
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the broker's version.",
+)
 def verdi_coordinator(as_json):
     """Inspect and manage the coordinator of the named pipe broker."""
 
@@ -119,14 +126,17 @@ def delete_queue(profile: Profile) -> None:
     """Delete the queue and the pipes of a profile that is deleted."""
     from aiida.brokers.namedpipe import control_install, directories
 
-    if directories.locate(_directory(profile)) is None:
+    layout = directories.locate(_directory(profile))
+    if layout is None:
         return
     try:
         control_install.delete(_directory(profile))
     except (RuntimeError, OSError) as error:
-        remove = shlex.join(['rm', '-r', str(_directory(profile) / 'coordinator'), str(_directory(profile) / 'pipes')])
+        remove = shlex.join(['rm', '-r', str(layout.queue), str(layout.registry), str(layout.pipes)])
+        why = str(error).rstrip('.')
         echo.echo_warning(
-            f'What the named pipe broker has of `{profile.name}` is left: {error}. Afterwards `{remove}` removes it.'
+            f'What the named pipe broker has of `{profile.name}` is left: {why}. '
+            f'When nothing of that profile runs any more, `{remove}` removes it.'
         )
 
 
