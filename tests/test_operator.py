@@ -668,7 +668,7 @@ def test_delete_leaves_nothing_and_is_refused_while_somebody_is_there(served: Br
     sender.close()
     (served.config_path / "notes").write_text("AiiDA's own")
     terminal = Terminal(served, "delete")
-    terminal.until("1 task, of which 1 are not done? [y/N]")
+    terminal.until("1 task, of which 1 is not done? [y/N]")
     terminal.type("y\n")
     assert terminal.end() == 0 and "Deleted" in terminal.shown
     assert not served.pipes.exists() and sorted(path.name for path in served.config_path.iterdir()) == ["notes"]
