@@ -23,6 +23,7 @@ import logging
 import os
 import re
 import select
+import sys
 import threading
 import time
 import weakref
@@ -30,7 +31,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 import kiwipy
 from aiida.brokers import broker as base
 from aiida.common.exceptions import ConfigurationError, EntryPointError
@@ -53,6 +53,7 @@ NAME = "core.namedpipe"
 _SERIALIZED = "aiida.orm.utils.serialize"
 _REVIVE_SECONDS = 1.0
 _COMING_SECONDS = 5.0
+"""For how long ``verdi status`` waits for the coordinator that a daemon's first worker starts, after some two."""
 IDLE_SECONDS = 300
 """For how long a coordinator that was started here serves on where no communicator is."""
 
@@ -129,18 +130,12 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
 
     def _expect_service(self) -> None:
         """:raises ConnectionError: no coordinator serves; the message says what to do."""
-        if not self.check_service_reachable() and _daemon_runs(self._profile):
-            # Its worker may be just starting one, after the `verdi daemon start` before this.
+        said = self._said_by_service()
+        if said is None and self._autostart and _daemon_runs(self._profile):
             end = time.monotonic() + _COMING_SECONDS
-            while not self.check_service_reachable() and time.monotonic() < end:
-                select.select([], [], [], 1.0)
-        layout = directories.locate(self.config_path)
-        if layout is not None:
-            try:
-                directories.check(layout, control_profiles.uuid(self.config_path))
-            except directories.DirectoryRefused as error:
-                raise ConnectionError(str(error)) from error
-        said = presence.coordinator(layout) if layout is not None else None
+            while said is None and time.monotonic() < end:
+                select.select([], [], [], 1.0)  # A person watches.
+                said = self._said_by_service()
         if said is None:
             raise ConnectionError(
                 f"no coordinator serves, so tasks wait on the disk: start one by '{self._command} start'"
@@ -149,6 +144,17 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
             raise ConnectionError(
                 f"the coordinator is stopped, so tasks wait on the disk: let it go on by 'kill -CONT {said['pid']}'"
             )
+
+    def _said_by_service(self) -> dict[str, Any] | None:
+        """:raises ConnectionError: the queue there is not this profile's, or not one of this version."""
+        layout = directories.locate(self.config_path)
+        if layout is None:
+            return None
+        try:
+            directories.check(layout, control_profiles.uuid(self.config_path))
+        except directories.DirectoryRefused as error:
+            raise ConnectionError(str(error)) from error
+        return presence.coordinator(layout)
 
     def iterate_tasks(self) -> Iterator[pipebroker.PipeIncomingTask]:
         """Yield the tasks that no live worker holds; those that are not processed wait again when the loop ends."""
@@ -289,7 +295,8 @@ def _control() -> Any:
 
 def _only_looks() -> bool:
     """Say whether this is ``verdi status``."""
-    context = click.get_current_context(silent=True)
+    click = sys.modules.get("click")  # Which has not been imported where no verdi runs.
+    context = click.get_current_context(silent=True) if click is not None else None
     if context is None or context.parent is None or context.parent.parent is not None:
         return False
     return (context.parent.command.name, context.command.name) == ("verdi", "status")

@@ -91,7 +91,7 @@ def delete(config_path: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]
             if not os.path.lexists(directory):
                 removed.append(directory)
     if layout.config_path.parent.name == "profiles":
-        with contextlib.suppress(OSError):  # Of AiiDA's own, only what has something there makes it.
+        with contextlib.suppress(OSError):  # AiiDA makes none: whoever has something to put there does.
             layout.config_path.rmdir()
     return removed, left
 

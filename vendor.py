@@ -78,6 +78,8 @@ MODULES = (
 )
 BROKER = "aiida.brokers.namedpipe.pipebroker:PipeBroker"
 MARK = b"# Copied by vendor.py of aiida-namedpipe: change it there, not here.\n"
+DRAFT = ".namedpipe-"
+"""In the name of a file that is still being written, so that no other is taken for one."""
 TAG = b"  # By vendor.py of aiida-namedpipe.\n"
 
 Content = bytes | None
@@ -300,9 +302,9 @@ class Target:
 
     def _drafts(self) -> set[Path]:
         changed = [self.command, *self.edits, *([self.record] if self.record else [])]
-        beside = {draft for path in changed for draft in path.parent.glob(f".{path.name}.????????")}
-        inside = {path for path in self._present() if re.fullmatch(r"\.\w+\.py\.\w{8}", path.name)}
-        return {path for path in beside | inside if path.is_file() and not path.is_symlink()}
+        drafts = {draft for path in changed for draft in path.parent.glob(f".{path.name}{DRAFT}*")}
+        drafts |= {path for path in self._present() if path.name.startswith(".") and DRAFT in path.name}
+        return {path for path in drafts if path.is_file() and not path.is_symlink()}
 
     def _outlived(self) -> set[Path]:
         """Return the modules of an earlier edition that this one does not have."""
@@ -420,7 +422,7 @@ def write(contents: dict[Path, Content], say: Callable[[str], None]) -> None:
             path.parent.mkdir()
             _give(path.parent, path.parent.parent)
         # Never in place: installers such as uv and conda hard-link installed files to their cache.
-        descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}{DRAFT}")
         try:
             with open(descriptor, "wb") as file:
                 file.write(content)
@@ -440,7 +442,7 @@ def write(contents: dict[Path, Content], say: Callable[[str], None]) -> None:
 def _give(path: Path | str, like: Path) -> None:
     """Let a file have the owner of another one: root may copy into what is somebody else's."""
     status = like.stat()
-    with contextlib.suppress(PermissionError):
+    with contextlib.suppress(OSError):  # In some containers, an owner is nobody whom one could name.
         os.chown(path, status.st_uid, status.st_gid)
 
 

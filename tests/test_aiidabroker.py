@@ -203,10 +203,18 @@ class Command:
         return self.parent
 
 
-def test_verdi_status_starts_nothing_and_says_that_nobody_serves(
-    aiidabroker: ModuleType, made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(aiidabroker.click, "get_current_context", Command("verdi", "status"))
+@pytest.fixture
+def verdi_status(aiidabroker: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("click.get_current_context", Command("verdi", "status"))
+
+
+@pytest.fixture
+def daemon_runs(aiidabroker: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aiida.engine.daemon.client.DaemonClient", lambda _: SimpleNamespace(is_daemon_running=True))
+
+
+@pytest.mark.usefixtures("verdi_status")
+def test_verdi_status_starts_nothing_and_says_that_nobody_serves(made: Callable[..., Any], broker: Broker) -> None:
     pipe_broker = made()
     with pytest.raises(ConnectionError, match=rf"start one by '.*coordinator.*{broker.profile}.* start'"):
         pipe_broker.get_communicator()
@@ -215,12 +223,10 @@ def test_verdi_status_starts_nothing_and_says_that_nobody_serves(
     assert not pipe_broker.get_communicator().is_closed()
 
 
+@pytest.mark.usefixtures("verdi_status", "daemon_runs")
 def test_verdi_status_waits_for_the_coordinator_that_a_starting_daemon_starts(
     aiidabroker: ModuleType, made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aiidabroker.click, "get_current_context", Command("verdi", "status"))
-    daemon = SimpleNamespace(is_daemon_running=True)
-    monkeypatch.setattr("aiida.engine.daemon.client.DaemonClient", lambda _: daemon)
     monkeypatch.setattr(aiidabroker, "_COMING_SECONDS", TIMEOUT)
     worker = threading.Thread(target=broker.start)
     worker.start()
@@ -228,21 +234,17 @@ def test_verdi_status_waits_for_the_coordinator_that_a_starting_daemon_starts(
     worker.join()
 
 
+@pytest.mark.usefixtures("verdi_status", "daemon_runs")
 def test_verdi_status_is_red_where_a_daemon_runs_and_no_coordinator_comes(
     aiidabroker: ModuleType, made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aiidabroker.click, "get_current_context", Command("verdi", "status"))
-    daemon = SimpleNamespace(is_daemon_running=True)
-    monkeypatch.setattr("aiida.engine.daemon.client.DaemonClient", lambda _: daemon)
     monkeypatch.setattr(aiidabroker, "_COMING_SECONDS", 1.0)
     with pytest.raises(ConnectionError, match="no coordinator serves"):
         made().get_communicator()
 
 
-def test_verdi_status_says_that_the_coordinator_is_stopped(
-    aiidabroker: ModuleType, made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(aiidabroker.click, "get_current_context", Command("verdi", "status"))
+@pytest.mark.usefixtures("verdi_status")
+def test_verdi_status_says_that_the_coordinator_is_stopped(made: Callable[..., Any], broker: Broker) -> None:
     pid = broker.start()
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -254,14 +256,14 @@ def test_verdi_status_says_that_the_coordinator_is_stopped(
     assert not made().get_communicator().is_closed()
 
 
+@pytest.mark.usefixtures("verdi_status")
 def test_verdi_status_starts_and_advises_nothing_in_another_profiles_queue(
-    aiidabroker: ModuleType, made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch
+    made: Callable[..., Any], broker: Broker
 ) -> None:
     pipe_broker = made()
     broker.communicator(profile_uuid="1" * 32).close()
     configuration = broker.config_path.parent.parent / "config.json"
     configuration.write_text(json.dumps({"profiles": {broker.profile: {"PROFILE_UUID": "2" * 32}}}))
-    monkeypatch.setattr(aiidabroker.click, "get_current_context", Command("verdi", "status"))
     with pytest.raises(ConnectionError, match="belongs to another profile"):
         pipe_broker.get_communicator()
 
@@ -305,13 +307,9 @@ def test_many_threads_that_ask_at_once_get_one_communicator(made: Callable[..., 
 
 @pytest.mark.parametrize("names", [("verdi", "process", "status"), ("verdi", "run"), ("other", "status"), ()])
 def test_any_other_command_starts_a_coordinator_that_ends_when_it_is_not_needed(
-    aiidabroker: ModuleType,
-    made: Callable[..., Any],
-    broker: Broker,
-    monkeypatch: pytest.MonkeyPatch,
-    names: tuple[str, ...],
+    made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(aiidabroker.click, "get_current_context", Command(*names))
+    monkeypatch.setattr("click.get_current_context", Command(*names))
     broker.stack.callback(control.stop, broker.config_path)
     made(idle=17).get_communicator()
     assert broker.status()["idle"] == 17

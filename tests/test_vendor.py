@@ -175,8 +175,8 @@ def test_vendor_is_undone_whatever_became_of_the_copy(tree: tuple[Path, Path], w
     elif what == "removed":
         shutil.rmtree(copy)
     elif what == "draft":
-        (copy / ".pipebroker.py.abc_1234").write_text("half")
-        next(root.rglob("cmd_verdi.py")).with_name(".cmd_profile.py.abc_1234").write_text("half")
+        (copy / ".pipebroker.py.namedpipe-abc_1234").write_text("half")
+        next(root.rglob("cmd_verdi.py")).with_name(".cmd_profile.py.namedpipe-abc_1234").write_text("half")
         module.unlink()
     else:
         (copy / "older.py").write_bytes(MARK)

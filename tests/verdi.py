@@ -51,6 +51,22 @@ def chain(x):
 def answer(value):
     print('ANSWER', json.dumps(value), flush=True)
 """
+FAMILY = """
+from aiida import orm
+from aiida.engine import WorkChain
+
+class Family(WorkChain):
+    # Has children in its context, which is for `spawn` to see to.
+    @classmethod
+    def define(cls, spec):
+        super().define(spec)
+        spec.outline(cls.spawn, cls.collect)
+        spec.exit_code(400, "ERROR_CHILD", message="a child did not finish")
+
+    def collect(self):
+        if not all(child.is_finished_ok for child in self.ctx.values()):
+            return self.exit_codes.ERROR_CHILD
+"""
 OBEY = """
 answer('ready')
 for line in sys.stdin:

@@ -30,17 +30,16 @@ import control
 import verdi
 from harness import eventually
 
-PROCESSES = """
+PROCESSES = f"""{verdi.FAMILY}
 import os
-from aiida import orm
-from aiida.engine import ToContext, WorkChain, calcfunction
+from aiida.engine import calcfunction
 
 def note(node, step):
     # A pid comes again; with the time of its start (proc(5)) it does not.
     with open("/proc/self/stat") as stat:
         started = stat.read().rpartition(")")[2].split()[19]
     evidence = os.open(os.environ["FIRE_EVIDENCE"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    os.write(evidence, f"{node.pk} {step} {os.getpid()}.{started}\\n".encode())
+    os.write(evidence, f"{{node.pk}} {{step}} {{os.getpid()}}.{{started}}\\n".encode())
     os.close(evidence)
 
 @calcfunction
@@ -63,24 +62,17 @@ class Small(WorkChain):
         note(self.node, "second")
         self.out("sum", self.ctx.sum)
 
-class Parent(WorkChain):
-    @classmethod
-    def define(cls, spec):
-        super().define(spec)
-        spec.outline(cls.spawn, cls.collect)
-        spec.exit_code(400, "ERROR_CHILD", message="a child did not finish")
-
+class Parent(Family):
     def spawn(self):
         note(self.node, "spawn")
         for n in range(3):
             child = self.submit(Small, n=orm.Int(n).store())
             note(child, "submitted")
-            self.to_context(**{f"child{n}": child})
+            self.to_context(**{{f"child{{n}}": child}})
 
     def collect(self):
         note(self.node, "collect")
-        if not all(self.ctx[f"child{n}"].is_finished_ok for n in range(3)):
-            return self.exit_codes.ERROR_CHILD
+        return super().collect()
 """
 ORDERS = """
 import fire_processes
@@ -92,10 +84,10 @@ def start(kind, number):
     if kind == 'small':
         return submit(fire_processes.Small, n=orm.Int(number)).pk
     return submit(fire_processes.Parent).pk
-def act(action, pk):
+def act(action, pk, seconds):
     try:
         future = getattr(manager.get_process_controller(), f'{action}_process')(pk)
-        return unwrap_kiwi_future(future).result(20)
+        return unwrap_kiwi_future(future).result(seconds)
     except Exception as error:
         return f'{type(error).__name__}: {error}'
 def states():
@@ -169,12 +161,10 @@ class Evidence:
 
 
 def unanswered(answers: Counter[str]) -> list[str]:
-    """Say whether more pauses, plays and kills had no answer than those that a worker's death took with it."""
-    # AiiDA kills a job by its scheduler and, where that fails as the job has just ended, tries again after 20 s.
-    asked = {answer: count for answer, count in answers.items() if not answer.startswith("kill ArithmeticAdd")}
-    late = sum(count for answer, count in asked.items() if answer.endswith(": TimeoutError"))
-    total = sum(asked.values())
-    return [f"{late} of {total} pauses, plays and kills had no answer"] if 10 * late > total else []
+    """Say what had no answer though its worker lived: no blow comes while a pause or a play is waited for."""
+    # A kill is AiiDA's own to wait with: for children, and for jobs that have just ended (UPSTREAM.md).
+    late = [answer for answer in answers if answer.endswith(": TimeoutError") and not answer.startswith("kill ")]
+    return [f"there was no answer: {answer}, {answers[answer]} times" for answer in late]
 
 
 class Fire:
@@ -246,7 +236,9 @@ class Fire:
         elif action == "pause":
             self.paused.add(pk)
         self.evidence.add("-", action, pk)
-        answer = str(self.helper.ask("act", action, pk)).partition(":")[0]
+        # Of a busy worker, each process has a turn when all others have had theirs.
+        seconds = 20.0 if action == "kill" else 120.0
+        answer = str(self.helper.ask("act", action, pk, seconds)).partition(":")[0]
         self.answers[f"{action} {label}: {answer}"] += 1
 
     def switch(self) -> None:

@@ -26,10 +26,9 @@ from harness import eventually
 PIPES, ZEROMQ, RABBIT = "named pipes", "ZeroMQ", "RabbitMQ"
 CHAINS, PARENTS, CHILDREN, ACTED = 80, 4, 8, 20
 PATIENCE = 60.0
-PROCESSES = f"""
+PROCESSES = f"""{verdi.FAMILY}
 import os, time
-from aiida import orm
-from aiida.engine import ToContext, WorkChain
+from aiida.engine import ToContext
 
 def note(node, what):
     evidence = os.open(os.environ["EVIDENCE"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -49,34 +48,16 @@ class Small(WorkChain):
     def second(self):
         pass
 
-class Parent(WorkChain):
-    @classmethod
-    def define(cls, spec):
-        super().define(spec)
-        spec.outline(cls.spawn, cls.collect)
-        spec.exit_code(400, "ERROR_CHILD", message="a child did not finish")
-
+class Parent(Family):
     def spawn(self):
         children = {{f"child{{n}}": self.submit(Small, n=orm.Int(n).store()) for n in range({CHILDREN})}}
         return ToContext(**children)
 
-    def collect(self):
-        if not all(self.ctx[f"child{{n}}"].is_finished_ok for n in range({CHILDREN})):
-            return self.exit_codes.ERROR_CHILD
-
-class Waiting(WorkChain):
+class Waiting(Family):
     # For a child that nobody runs.
-    @classmethod
-    def define(cls, spec):
-        super().define(spec)
-        spec.outline(cls.spawn, cls.collect)
-
     def spawn(self):
         note(self.node, "held")
         return ToContext(child=orm.WorkChainNode().store())
-
-    def collect(self):
-        pass
 
     def load_instance_state(self, saved_state, load_context):
         super().load_instance_state(saved_state, load_context)
