@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import kiwipy
@@ -40,6 +40,15 @@ else:
 _LOGGER = logging.getLogger(__name__)
 Facade = Callable[[], Any]
 """Gives the communicator that subscribers are called with; `None` once it has been collected."""
+
+
+class Offering:
+    """A task's way through the subscribers. Only the lane goes on to the next one."""
+
+    def __init__(self, subscribers: list[Subscriber]) -> None:
+        self.left = iter(subscribers)
+        self.number = 0
+        """Which offer is the present one: what the future of an earlier one says is not heard any more."""
 
 
 class TaskSubscribers:
@@ -91,19 +100,25 @@ class TaskSubscribers:
             self._holdings.report(side, "rejected", name)
         else:
             if task is not None:
-                self._offer_guarded(side, task, iter(subscribers))
+                self._offer_guarded(side, task, Offering(subscribers))
 
-    def _offer_guarded(self, side: Side, task: taskqueue.Task, subscribers: Iterator[Subscriber]) -> None:
+    def _pass_on(self, side: Side, task: taskqueue.Task, offering: Offering, number: int) -> None:
+        if offering.number == number:  # A look may have put us here a second time.
+            self._offer_guarded(side, task, offering)
+
+    def _offer_guarded(self, side: Side, task: taskqueue.Task, offering: Offering) -> None:
         try:
-            self._offer(side, task, subscribers)
+            side.awaited.pop(task, None)
+            offering.number += 1
+            self._offer(side, task, offering)
         except BaseException as error:
             # Somebody has set it in this thread, as a watchdog does, when the subscriber had returned.
             if task not in side.awaited:
                 self._holdings.finish(side, task, failure(error))
             raise
 
-    def _offer(self, side: Side, task: taskqueue.Task, subscribers: Iterator[Subscriber]) -> None:
-        for subscriber in subscribers:
+    def _offer(self, side: Side, task: taskqueue.Task, offering: Offering) -> None:
+        for subscriber in offering.left:
             communicator = self._facade()
             if communicator is None:
                 return
@@ -117,12 +132,12 @@ class TaskSubscribers:
                 say("A task subscriber raised for task %s", task.name)
                 self._holdings.finish(side, task, failure(error))
                 return
-            self._take_outcome(side, task, outcome, subscribers, 1)
+            self._take_outcome(side, task, outcome, offering, offering.number, 1)
             return
         self._holdings.give_back(side, task, "rejected")
 
     def _take_outcome(
-        self, side: Side, task: taskqueue.Task, outcome: Any, subscribers: Iterator[Subscriber], level: int
+        self, side: Side, task: taskqueue.Task, outcome: Any, offering: Offering, number: int, level: int
     ) -> None:
         if not isinstance(outcome, kiwipy.Future):
             self._holdings.finish(side, task, {"result": outcome})
@@ -131,9 +146,9 @@ class TaskSubscribers:
             self._post.answer(task.reply_to, task.correlation_id, pending=level)
 
         def done(future: kiwipy.Future) -> None:
-            # Once; but by a look again, if a signal handler raised before it was called or in the middle of it.
-            if side.awaited.get(task, (None,))[0] is future:
-                self._take_final(side, task, future, subscribers, level)
+            # By a look again, if a signal handler raised before it was called or in the middle of it.
+            if offering.number == number:
+                self._take_final(side, task, future, offering, number, level)
 
         side.awaited[task] = (outcome, done)
         outcome.add_done_callback(done)
@@ -143,7 +158,8 @@ class TaskSubscribers:
         side: Side,
         task: taskqueue.Task,
         future: kiwipy.Future,
-        subscribers: Iterator[Subscriber],
+        offering: Offering,
+        number: int,
         level: int,
     ) -> None:
         # Nothing is caught here: it would be what a signal handler raises.
@@ -151,12 +167,11 @@ class TaskSubscribers:
         if future.cancelled() or isinstance(error, kiwipy.CancelledError):
             return  # It stays claimed until the communicator closes.
         if isinstance(error, kiwipy.TaskRejected):
-            self.lane.put(functools.partial(self._offer_guarded, side, task, subscribers))
-            side.awaited.pop(task, None)
+            self.lane.put(functools.partial(self._pass_on, side, task, offering, number))
         elif error is not None:
             self._holdings.finish(side, task, failure(error))
         else:
-            self._take_outcome(side, task, future.result(), subscribers, level + 1)
+            self._take_outcome(side, task, future.result(), offering, number, level + 1)
 
     def _go_on(self, side: Side) -> None:
         if side.put_by:

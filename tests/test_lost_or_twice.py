@@ -652,3 +652,24 @@ def test_closing_leaves_no_body_behind(broker: Broker) -> None:
     finally:
         for left in (*broker.pipes.glob("body_*"), *broker.pipes.glob("kept_*")):
             left.unlink()
+
+
+def test_a_rejection_in_another_thread_takes_nothing_from_the_next_subscriber(
+    served: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, first, second = served.communicator("worker"), kiwipy.Future(), kiwipy.Future()
+    worker.add_task_subscriber(lambda *_: first)
+    worker.add_task_subscriber(lambda *_: second)
+    sent = served.communicator().task_send("body")
+    side, lane = worker._engine.holdings.sides[""], worker._engine.holdings.lane
+    eventually(lambda: side.awaited)
+
+    def put(job: Callable[[], object], put: Callable[..., object] = lane.put) -> None:
+        put(job)
+        if threading.current_thread() is threading.main_thread():
+            eventually(lambda: second in [future for future, _ in list(side.awaited.values())], SOON)
+
+    monkeypatch.setattr(lane, "put", put)
+    first.set_exception(kiwipy.TaskRejected("not for me"))
+    second.set_result("done")
+    assert sent.result(SOON).result(SOON) == "done"
