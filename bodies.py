@@ -12,7 +12,6 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,7 +98,7 @@ def _read_body(body: Path, poller: Poller | None) -> bytes:
     except files.NotAFile as error:
         raise frames.Garbage("it names something that is not a regular file") from error
     except OSError as error:
-        if poller is None or error.errno not in (errno.EMFILE, errno.ENFILE):
+        if poller is None or error.errno not in files.NO_DESCRIPTOR:
             raise
         with poller.spare_descriptor():
             return _read_body(body, None)

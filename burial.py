@@ -11,16 +11,17 @@ Rules:
   next time.
 - Before each queue, and before entry and lock, the lock is looked at again: somebody may have removed the directory,
   and another life begun.
-- Up to a hundred are buried in one pass over the routes: 300 deaths at once cost little more than one.
+- Up to a hundred are buried in one pass over the routes, or as many as there are descriptors for: 300 deaths at once
+  cost little more than one.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import stat
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,19 +58,37 @@ def bury(layout: directories.Layout, worker_ids: Iterable[str], *, lost: bool = 
 
     :param lost: they have lost their locks, and are known to be dead all the same.
     """
-    buried, ids = Buried(), iter(worker_ids)
-    # A few at a time, since each lock is a descriptor.
-    while some := list(itertools.islice(ids, _AT_ONCE)):
+    buried, waiting, at_once = Buried(), deque(worker_ids), _AT_ONCE
+    while waiting:
+        some = [waiting.popleft() for _ in range(min(at_once, len(waiting)))]
         with contextlib.ExitStack() as stack:
-            locks = {}
-            for worker_id in some:
-                with _logged(f"Worker {worker_id} could not be buried"):
-                    lock = presence.WorkerLock.take(layout, worker_id, make=lost)
-                    if lock is not None:
-                        stack.callback(lock.release)
-                        locks[worker_id] = lock
-            bury_owned(layout, locks, buried, keep=False)
+            locks, all_taken = _take(layout, some, stack, lost=lost)
+            if all_taken:
+                bury_owned(layout, locks, buried, keep=False)
+            else:
+                # Each lock is a descriptor, and what is done with them needs some as well.
+                waiting.extendleft(reversed(some))
+                at_once = max(1, len(locks) // 2)
     return buried
+
+
+def _take(
+    layout: directories.Layout, worker_ids: list[str], stack: contextlib.ExitStack, *, lost: bool
+) -> tuple[dict[str, presence.Lock], bool]:
+    """Return the locks of the dead among some worker ids, and whether there were descriptors for all."""
+    locks: dict[str, presence.Lock] = {}
+    for worker_id in worker_ids:
+        with _logged(f"Worker {worker_id} could not be buried"):
+            try:
+                lock = presence.WorkerLock.take(layout, worker_id, make=lost)
+            except OSError as error:
+                if error.errno in files.NO_DESCRIPTOR and len(worker_ids) > 1:
+                    return locks, False
+                raise
+            if lock is not None:
+                stack.callback(lock.release)
+                locks[worker_id] = lock
+    return locks, True
 
 
 def bury_owned(layout: directories.Layout, locks: dict[str, presence.Lock], buried: Buried, *, keep: bool) -> None:

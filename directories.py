@@ -148,7 +148,7 @@ def establish(profile_name: str, config_path: str | os.PathLike[str], profile_uu
     except DirectoryRefused:
         raise
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
+        if error.errno in files.NO_DESCRIPTOR:
             raise
         raise DirectoryRefused(
             f"the directory {config} cannot be used: {error.strerror} ({error.filename2 or error.filename or config}). "

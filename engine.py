@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import functools
 import logging
 import os
@@ -205,7 +204,7 @@ class Upkeep:
             return self._has_queue()
         except OSError as error:
             # What cannot be read for long is served as it was. A descriptor may be free in a moment.
-            return error.errno not in (errno.EMFILE, errno.ENFILE)
+            return error.errno not in files.NO_DESCRIPTOR
 
     def _has_queue(self) -> bool:
         """Say whether the queue is no other profile's; where it is, close.

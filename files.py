@@ -20,6 +20,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
+"""What the system says of a file that cannot be opened as too many are: it may be, a moment later."""
 _READ_SIZE = 1 << 16
 _DRAFT_KEPT_SECONDS = 3600.0
 _DRAFT = re.compile(r"\..+\.[0-9a-f]{32}|\.\d{20}-[0-9a-f]{8}")

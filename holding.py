@@ -15,7 +15,6 @@ Rules:
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import heapq
 import logging
@@ -31,6 +30,7 @@ import kiwipy
 
 if TYPE_CHECKING or not __package__:
     import directories
+    import files
     import frames
     import taskqueue
     from claims import Claims
@@ -38,7 +38,7 @@ if TYPE_CHECKING or not __package__:
     from poller import Poller, patient
     from post import Post
 else:
-    from . import directories, frames, taskqueue
+    from . import directories, files, frames, taskqueue
     from .claims import Claims
     from .lane import Lane
     from .poller import Poller, patient
@@ -323,7 +323,7 @@ class Holdings:
         try:
             return self.claim(side, name, pulled=True)
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
+            if error.errno in files.NO_DESCRIPTOR:
                 raise
             _LOGGER.error("Task %s could not be read and waits again: %s", name, error)
             return None

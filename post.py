@@ -44,7 +44,6 @@ else:
 
 _LOGGER = logging.getLogger(__name__)
 _KEPT = 1000
-_NO_DESCRIPTOR = (errno.EMFILE, errno.ENFILE)
 
 
 class Kept:
@@ -249,7 +248,7 @@ class Post:
             directories.remake(self._layout)
             self._send_or_keep(text)
         except OSError as error:
-            if error.errno not in _NO_DESCRIPTOR:
+            if error.errno not in files.NO_DESCRIPTOR:
                 raise
             with self._poller.spare_descriptor():
                 self._leave_broadcast(text)
@@ -358,7 +357,7 @@ class Post:
                 writer = self.ways.to(name)
                 if writer is None:
                     if not os.path.lexists(self._layout.pipes / name):
-                        bodies.pack_body(text, self._layout.pipes / name)
+                        self._leave(text, name)
                     return
                 try:
                     self._send(text, writer, outlives)
@@ -366,10 +365,19 @@ class Post:
                 except BrokenPipeError:
                     continue
         except OSError as error:
-            if error.errno not in _NO_DESCRIPTOR:
+            if error.errno not in files.NO_DESCRIPTOR:
                 raise
             with self._poller.spare_descriptor():
                 fifo.leave(text, self._layout.pipes / name)
+
+    def _leave(self, text: str, name: str) -> None:
+        """Leave an answer where whoever awaits it finds it, once it has made its pipe again."""
+        try:
+            bodies.pack_body(text, self._layout.pipes / name)
+        except FileNotFoundError:
+            # Somebody has removed the directory too, and nobody has looked after himself since.
+            directories.remake(self._layout)
+            bodies.pack_body(text, self._layout.pipes / name)
 
     def _send(self, text: str, writer: fifo.Writer, outlives: bool) -> None:
         data = frames.frame(text)

@@ -673,3 +673,45 @@ def test_a_rejection_in_another_thread_takes_nothing_from_the_next_subscriber(
     first.set_exception(kiwipy.TaskRejected("not for me"))
     second.set_result("done")
     assert sent.result(SOON).result(SOON) == "done"
+
+
+FEW_DESCRIPTORS = """
+import resource
+import burial, directories
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+layout = directories.locate(config_path)
+print(len(burial.bury(layout, burial.everybody(layout)).worker_ids))
+"""
+
+
+def test_more_dead_than_descriptors_are_buried(broker: Broker) -> None:
+    sender = broker.communicator(fsync=False)
+    for number in range(150):
+        sender.task_send(number, no_reply=True)
+    # As so many workers leave it that were killed with a task in hand.
+    for number, task in enumerate(sorted(broker.queue.glob("task_*"))):
+        claimed = broker.queue / "claimed" / f"w{number}"
+        claimed.mkdir()
+        (claimed / "lock").touch()
+        task.rename(claimed / task.name)
+    assert broker.spawn(FEW_DESCRIPTORS).line() == "150"
+    assert len(broker.tasks("waiting")) == 150
+
+
+@pytest.mark.parametrize("kind", ["task", "call"])
+def test_an_answer_comes_though_all_pipes_were_removed_before_it(served: Broker, kind: str) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def subscriber(_: Any, body: Any) -> Any:
+        begun.set()
+        goes_on.wait(TIMEOUT)
+        return body
+
+    worker, sender = served.communicator("worker"), served.communicator()
+    worker.add_task_subscriber(subscriber)
+    worker.add_rpc_subscriber(subscriber, "worker")
+    sent = sender.task_send("body") if kind == "task" else sender.rpc_send("worker", "body")
+    assert begun.wait(TIMEOUT)
+    shutil.rmtree(served.pipes)
+    goes_on.set()
+    assert sent.result(LOOK) == "body"
