@@ -99,7 +99,9 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
         """Guards the communicator."""
         _brokers.add(self)
         self._revived = float("-inf")
-        self.config_path = Path(get_config().dirpath, "profiles", profile.name)
+        home = Path(get_config().dirpath)
+        self._has_relative_home = not home.is_absolute()
+        self.config_path = Path(home, "profiles", profile.name).absolute()
         """The profile's configuration directory."""
 
     def __str__(self) -> str:
@@ -151,7 +153,7 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
         if layout is None:
             return None
         try:
-            directories.check(layout, control_profiles.uuid(self.config_path))
+            directories.check(layout, self._profile.name, control_profiles.uuid(self.config_path))
         except directories.DirectoryRefused as error:
             raise ConnectionError(str(error)) from error
         return presence.coordinator(layout)
@@ -254,8 +256,17 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
     def _connect(self) -> _BrokerCommunicator:
         with self._mutex:
             if self._communicator is None or self._communicator.is_closed():
+                self._expect_home()
                 self._communicator = _BrokerCommunicator(self._profile, self.config_path, self.revive, self.renew)
             return self._communicator
+
+    def _expect_home(self) -> None:
+        """:raises ConnectionError: this process has changed its directory, and AiiDA's is not where it was."""
+        if self._has_relative_home and control_profiles.uuid(self.config_path) != self._profile.uuid:
+            raise ConnectionError(
+                f"AiiDA's directory was named by a relative path, and {self.config_path} is not that of the profile "
+                f"'{self._profile.name}': make AIIDA_PATH absolute"
+            )
 
     def _start_coordinator(self, idle: float | None) -> None:
         try:

@@ -205,7 +205,7 @@ def status(config_path: str | os.PathLike[str]) -> dict[str, Any]:
     rows, unreadable = [], list[str]()
     if layout is not None:
         try:
-            directories.check(layout, control_profiles.uuid(layout.config_path))
+            directories.check(layout, *control_profiles.identity(layout.config_path))
         except (OSError, ValueError) as error:
             unreadable.append(files.told(error))
         for key, queue in queues(layout).items():
@@ -304,6 +304,8 @@ def expect(config_path: Path) -> None:
     :raises OSError: it cannot be looked at.
     :raises ValueError: AiiDA's configuration is not one.
     """
+    if os.path.lexists(config_path) and not config_path.is_dir():
+        raise presence.CoordinatorError(f"{config_path} is no directory: rename what lies there")
     if directories.locate(config_path) is None and not config_path.is_dir() and not control_profiles.of(config_path):
         find(config_path)
 

@@ -47,6 +47,7 @@ FAILED, NOT_RUNNING, TIMED_OUT, INTERRUPTED = 1, 3, 4, 130
 def start(options: argparse.Namespace, done: str = "Started") -> Answer:
     """Start it in the background, and return when it serves."""
     warnings: list[str] = []
+    control_profiles.uuid(options.directory)  # What is wrong with AiiDA's configuration, only we can tell.
     pid = control.start(options.profile, options.directory, warnings.append, options.idle)
     yield f"{done} the coordinator, pid {pid}.", {"pid": pid, "warnings": warnings}
     for warning in warnings:
@@ -68,7 +69,7 @@ def restart(options: argparse.Namespace) -> Answer:
     layout = directories.locate(options.directory)
     if layout is not None:
         # Before it is stopped, as it could not be started again.
-        directories.check(layout, control_profiles.uuid(options.directory))
+        directories.check(layout, options.profile, control_profiles.uuid(options.directory))
         idle = (presence.coordinator(layout) or {}).get("idle")
         options.idle = idle if isinstance(idle, int | float) else None
     control.stop(options.directory)

@@ -73,7 +73,7 @@ def examine(config_path: str | os.PathLike[str]) -> list[Finding]:
 
 
 def _directories(layout: directories.Layout) -> Iterator[Finding]:
-    directories.check(layout, control_profiles.uuid(layout.config_path))
+    directories.check(layout, *control_profiles.identity(layout.config_path))
     queues = [each.directory for each in control.queues(layout).values()]
     states = (queue / state for queue in queues for state in ("claimed", "completed", "failed"))
     for directory in (layout.config_path, layout.queue, layout.registry, layout.pipes, *queues, *states):

@@ -99,7 +99,8 @@ def delete(config_path: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]
 def _remove(directory: Path, strange: set[str]) -> list[Path]:
     """Remove a directory and all in it that is the broker's; return what is not."""
     left = []
-    for path in list(directory.iterdir()):
+    # What says that this is a queue, and whose, goes last: what is interrupted can be done again.
+    for path in sorted(directory.iterdir(), key=lambda path: path.name == "format"):
         ours = not path.name.startswith(".") or path.name == ".config" or files.is_draft(path.name)
         if str(path) in strange or not ours:
             left.append(path)

@@ -11,6 +11,7 @@ Rules:
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -53,7 +54,7 @@ def aiidas_directory() -> Path:
         found = named if named.name == ".aiida" else named / ".aiida"
         if found.is_dir():
             break
-    return found
+    return found.absolute()
 
 
 def read(directory: Path) -> Profiles | None:
@@ -107,24 +108,45 @@ def find(name: str) -> Path:
 
 
 def of(config_path: Path) -> tuple[Profiles, str] | None:
-    """Return to which of AiiDA's profiles a directory belongs, by the ``config.json`` above it; `None`: to none.
+    """Return to which of AiiDA's profiles a directory belongs, whatever links lead there; `None`: to none.
 
-    :raises ValueError: AiiDA's configuration is not one.
+    That is said by the ``config.json`` above it, and otherwise, as it may lie elsewhere, by that of the user.
+
+    :raises ValueError: the ``config.json`` above it is not AiiDA's configuration.
     :raises OSError: it cannot be read.
     """
-    profiles = read(config_path.parent.parent) if config_path.parent.name == "profiles" else None
-    known = profiles is not None and config_path.name in profiles.known
-    return (profiles, config_path.name) if known and profiles is not None else None
+    real = Path(os.path.realpath(config_path))
+    above = [path.parent.parent for path in (config_path, real) if path.parent.name == "profiles"]
+    for directory in dict.fromkeys(above):
+        if (found := _of(directory, real)) is not None:
+            return found
+    with contextlib.suppress(ValueError, OSError):
+        return _of(aiidas_directory(), real)
+    return None
 
 
-def uuid(config_path: Path) -> str | None:
-    """Return what tells the profile of a directory from an earlier one of its name; `None` where nothing does.
+def _of(directory: Path, real: Path) -> tuple[Profiles, str] | None:
+    profiles = read(directory)
+    for name in profiles.known if profiles is not None else ():
+        with contextlib.suppress(ValueError, OSError):  # A name that can be no directory's.
+            if profiles is not None and os.path.realpath(profiles.path(name)) == str(real):
+                return profiles, name
+    return None
 
-    :raises ValueError: AiiDA's configuration is not one.
+
+def identity(config_path: Path) -> tuple[str | None, str | None]:
+    """Return the name of a directory's profile, and what tells it from an earlier one of its name, as far as known.
+
+    :raises ValueError: the ``config.json`` above it is not AiiDA's configuration.
     :raises OSError: it cannot be read.
     """
     found = of(config_path)
-    return found[0].uuid(found[1]) if found else None
+    return (found[1], found[0].uuid(found[1])) if found else (None, None)
+
+
+def uuid(config_path: Path) -> str | None:
+    """Return what `identity` does of the latter."""
+    return identity(config_path)[1]
 
 
 def command(name: str, config_path: Path) -> str:

@@ -310,15 +310,17 @@ def check_format(layout: Layout) -> None:
         whose.check_format(layout.queue, said)
 
 
-def check(layout: Layout, profile_uuid: str | None) -> None:
+def check(layout: Layout, profile_name: str | None, profile_uuid: str | None) -> None:
     """Look whether the directories of a configuration may be used, without making any.
 
+    :param profile_name: whose they are to be; `None`: whose they say.
     :param profile_uuid: what tells the profile from another one that had its name; `None` matches all.
     :raises DirectoryRefused: one may not; the message says why, and what to do.
     """
     said = whose.read(layout.queue)
     if said is not None:
-        whose.Owner(str(said.get("profile")), profile_uuid).check(layout.queue, said)
+        name = str(said.get("profile")) if profile_name is None else profile_name
+        whose.Owner(name, profile_uuid).check(layout.queue, said)
     if os.path.lexists(layout.pipes) and not _belongs(layout.pipes, layout.config_path):
         raise DirectoryRefused(f"{layout.pipes} belongs to somebody else now: restart all that runs here.")
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import uuid
@@ -161,4 +162,5 @@ def set_aside(queue: Path) -> str:
     """Return the command that makes room for a new queue."""
     import shlex  # Here, as few need it.
 
-    return shlex.join(["mv", str(queue), f"{queue}.old"])
+    names = (f"{queue}.old{number or ''}" for number in itertools.count())
+    return shlex.join(["mv", str(queue), next(name for name in names if not os.path.lexists(name))])

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -46,7 +47,7 @@ def made(aiidabroker: ModuleType, broker: Broker, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(aiidabroker, "get_config", lambda: config)
 
     def make(**process_control: Any) -> Any:
-        profile = SimpleNamespace(name=broker.profile, process_control_config=process_control)
+        profile = SimpleNamespace(name=broker.profile, process_control_config=process_control, uuid="1" * 32)
         pipe_broker = aiidabroker.PipeBroker(profile)
         broker.stack.callback(pipe_broker.close)
         return pipe_broker
@@ -266,6 +267,34 @@ def test_verdi_status_starts_and_advises_nothing_in_another_profiles_queue(
     configuration.write_text(json.dumps({"profiles": {broker.profile: {"PROFILE_UUID": "2" * 32}}}))
     with pytest.raises(ConnectionError, match="belongs to another profile"):
         pipe_broker.get_communicator()
+    # Nor where it was copied from another one's directory.
+    format_file = broker.queue / "format"
+    format_file.write_text(json.dumps({**json.loads(format_file.read_text()), "profile": "other"}))
+    with pytest.raises(ConnectionError, match=f"belongs to the profile 'other', not to '{broker.profile}'"):
+        pipe_broker.get_communicator()
+
+
+def test_a_relative_home_is_kept_or_missed_where_a_process_goes_elsewhere(
+    aiidabroker: ModuleType,
+    made: Callable[..., Any],
+    broker: Broker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    home = broker.config_path.parent.parent
+    (home / "config.json").write_text(json.dumps({"profiles": {broker.profile: {"PROFILE_UUID": "1" * 32}}}))
+    monkeypatch.chdir(home.parent)
+    monkeypatch.setattr(aiidabroker.get_config(), "dirpath", home.name)
+    broker.stack.callback(control.stop, broker.config_path)
+    made().get_communicator()
+    pipe_broker = made()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert not pipe_broker.get_communicator().is_closed()
+    with pytest.raises(ConnectionError, match="make AIIDA_PATH absolute"):
+        made().get_communicator()
+    assert not list(elsewhere.iterdir())
 
 
 def test_a_child_that_is_forked_while_another_thread_asks_can_close(made: Callable[..., Any]) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 import control
 import control_doctor
+import control_install
 import control_profiles
 import directories
 import frames
@@ -365,6 +366,75 @@ def test_a_profile_that_no_broker_has_served_yet_is_healthy_and_has_nothing_to_d
     for command, status in (["doctor"], 0), (["delete", "--yes"], 0), (["status"], 3):
         said = say(tmp_path, *command)
         assert (said.returncode, said.stderr) == (status, "") and "no broker has run in" in said.stdout
+
+
+def test_a_file_where_the_profile_should_be_is_said_to_be_that(tmp_path: Path) -> None:
+    directory = configuration(tmp_path, "fresh", current="fresh")
+    (directory / "profiles").mkdir()
+    (directory / "profiles" / "fresh").write_text("mine")
+    for command in ("doctor", "delete", "status"):
+        said = say(tmp_path, command)
+        assert (said.returncode, said.stdout) == (1, "") and "fresh is no directory" in said.stderr
+
+
+def test_what_is_wrong_with_aiidas_configuration_is_said_by_start(broker: Broker, tmp_path: Path) -> None:
+    directory = configuration(tmp_path, broker.profile)
+    (directory / "config.json").write_text("{")
+    config_path = str(directory / "profiles" / broker.profile)
+    said = say(tmp_path, "--profile", broker.profile, "--config-path", config_path, "start")
+    assert said.returncode == 1 and said.stderr.count("\n") == 1 and "mend it" in said.stderr
+
+
+@pytest.mark.parametrize("link", ["profile", "profiles", "elsewhere", ".."])
+def test_whatever_links_lead_to_a_profile_it_is_the_same(broker: Broker, tmp_path: Path, link: str) -> None:
+    directory = configuration(tmp_path, broker.profile, current=broker.profile, uuid=OLD)
+    profile = directory / "profiles" / broker.profile
+    if link in ("profile", "profiles"):
+        linked = profile if link == "profile" else profile.parent
+        (tmp_path / "disk").mkdir()
+        linked.parent.mkdir(exist_ok=True)
+        linked.symlink_to(tmp_path / "disk")
+    profile.mkdir(parents=True, exist_ok=True)
+    broker.config_path = profile
+    broker.communicator(profile_uuid=OLD).close()
+    configuration(tmp_path, broker.profile, current=broker.profile, uuid=NEW)
+    (tmp_path / "link").symlink_to(profile)
+    given = {"elsewhere": tmp_path / "link", "..": profile / "pipes" / ".."}.get(link)
+    where = ["--profile", broker.profile, "--config-path", str(given)] if given is not None else []
+    aside = f"mv {profile.resolve()}/coordinator "
+    for command in ("start", "send 1", "restart", "status", "doctor"):
+        said = say(tmp_path, *where, *command.split())
+        assert said.returncode in (1, 3) and aside in (said.stdout + said.stderr).replace(str(given), str(profile))
+
+
+def test_a_queue_may_be_set_aside_again_and_again(broker: Broker, tmp_path: Path) -> None:
+    broker.config_path = configuration(tmp_path, broker.profile) / "profiles" / broker.profile
+    for number in range(4):
+        uuid = str(number) * 32
+        configuration(tmp_path, broker.profile, current=broker.profile, uuid=uuid)
+        if number:
+            said = say(tmp_path, "send", "1").stderr
+            subprocess.run(said[said.index("mv ") :].split("'")[0].split(), check=True)
+        broker.communicator(profile_uuid=uuid).close()
+    kept = sorted(path.name for path in broker.config_path.glob("coordinator*"))
+    assert kept == ["coordinator", "coordinator.old", "coordinator.old1", "coordinator.old2"]
+
+
+def test_a_delete_that_is_interrupted_can_be_done_again(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    sender = broker.communicator()
+    for number in range(20):
+        sender.task_send(number, no_reply=True)
+    sender.close()
+    order: list[str] = []
+    unlink = Path.unlink
+
+    def noted(path: Path, missing_ok: bool = False) -> None:
+        order.append(path.name)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    control_install.delete(broker.config_path)
+    assert order.index("format") == len(order) - 1 and not broker.queue.exists()
 
 
 def test_a_directory_of_another_name_says_which_profile_to_name(broker: Broker) -> None:
