@@ -308,8 +308,10 @@ def _is_orphan(path: Path) -> bool:
         return files.is_older(path, 2 * directories.KEPT_SECONDS)
     if receiver is not None:
         pipe = path.with_name(receiver)
-        # Where the pipe has lost its name, its reader may live, and makes it again when it looks after itself.
-        return not directories.is_read(pipe) and (os.path.lexists(pipe) or files.is_older(path, _ORPHAN_SECONDS))
+        # Where the pipe has lost its name, its reader may live, and makes it again when it looks after itself: perhaps
+        # while we look.
+        was_there = os.path.lexists(pipe)
+        return not directories.is_read(pipe) and (was_there or files.is_older(path, _ORPHAN_SECONDS))
     if directories.is_reply_pipe(path.name):
         return stat.S_ISFIFO(os.lstat(path).st_mode) and not directories.is_read(path)
     # One that leads to no pipe of ours is no one's, as nobody else may write here; what is no symlink is no route.

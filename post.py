@@ -353,17 +353,16 @@ class Post:
 
     def _deliver(self, text: str, name: str, outlives: bool) -> None:
         try:
-            for _ in range(2):
+            # Again where it has gone, or come back, between two looks: only one that is there and not read is dead.
+            for _ in range(3):
                 writer = self.ways.to(name)
-                if writer is None:
-                    if not os.path.lexists(self._layout.pipes / name):
-                        self._leave(text, name)
+                if writer is not None:
+                    with contextlib.suppress(BrokenPipeError):
+                        self._send(text, writer, outlives)
+                        return
+                elif not os.path.lexists(self._layout.pipes / name):
+                    self._leave(text, name)
                     return
-                try:
-                    self._send(text, writer, outlives)
-                    return
-                except BrokenPipeError:
-                    continue
         except OSError as error:
             if error.errno not in files.NO_DESCRIPTOR:
                 raise

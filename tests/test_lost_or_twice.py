@@ -715,3 +715,28 @@ def test_an_answer_comes_though_all_pipes_were_removed_before_it(served: Broker,
     shutil.rmtree(served.pipes)
     goes_on.set()
     assert sent.result(LOOK) == "body"
+
+
+def test_an_outcome_comes_though_the_pipe_comes_back_while_it_is_looked_for(
+    served: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, sender = served.communicator("worker"), served.communicator()
+    ways, pipe = worker._engine.post.ways, served.pipes / sender._engine.reply
+    away, comes_back = pipe.with_name("away"), [True]
+    to = ways.to
+
+    def slowly(name: str) -> Any:
+        way = to(name)
+        if name == pipe.name and way is None and comes_back:
+            comes_back.clear()
+            away.rename(pipe)
+        return way
+
+    def subscriber(_: Any, body: Any) -> Any:
+        pipe.rename(away)
+        return body
+
+    monkeypatch.setattr(ways, "to", slowly)
+    worker.add_task_subscriber(subscriber)
+    assert sender.task_send("body").result(LOOK) == "body"
+    assert not comes_back
