@@ -8,8 +8,8 @@ Rules:
 - A task that was accepted is never reported as refused: whatever fails after that is a warning in AiiDA's log.
 - Making a `PipeBroker` starts and makes nothing, as many commands only look at it; nor does ``verdi status``, which is
   told that no coordinator serves by the one way it knows, an error.
-- Nothing here is needed without AiiDA, and nothing else in the project imports it but when asked for `PipeBroker`, or
-  to configure a profile.
+- Nothing here is needed without AiiDA, and nothing else in the project imports it but when asked for `PipeBroker`, to
+  configure a profile, or to say what its processes are.
 - Not imported at the top: ``aiida.orm`` and AiiDA's daemon, which take up to 0.8 s where AiiDA's other modules that
   stand there take nothing, since whoever loads a broker has them; and ``control``, 10 ms for the few who start one.
 

@@ -6,7 +6,8 @@ its identifiers are free; then its tasks, each with one more death in its name; 
 
 Rules:
 - This is the one way to remove what a worker left. The coordinator uses it, a new life under an old id, whoever meets a
-  taken RPC identifier, whoever pulls tasks while no coordinator runs, and whoever cleans up by hand (``discovery.py``).
+  taken RPC identifier, whoever pulls tasks while no coordinator runs, an operator who takes a task from a dead worker,
+  and whoever cleans up by hand (``discovery.py``).
 - The lock goes only when nothing is claimed under the id any more, in any queue: one bad task is said, and left for the
   next time.
 - Before each queue, and before entry and lock, the lock is looked at again: somebody may have removed the directory,

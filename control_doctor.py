@@ -4,7 +4,7 @@ Strategy: each examination is a function that yields what it finds, and for each
 made is a finding itself.
 
 Rules:
-- Nothing is changed, and nothing is written but one probe of whether something can be.
+- Nothing is changed, and nothing is written but probes of whether something can be.
 - A problem keeps messages from somebody, or will; a remark is for those who wonder.
 """
 

@@ -4,7 +4,8 @@ Strategy: what runs is found by its pipes directory in /tmp, which names its con
 profiles that AiiDA's ``config.json`` names. AiiDA itself is not imported: its configuration is JSON.
 
 Rules:
-- Nothing is removed where anybody lives, and nothing but what the broker has made.
+- Nothing is removed where anybody lives, and nothing but what the broker has made, with the profile's directory around
+  it where that is left empty.
 - Whose a pipes directory is, is asked again before it is removed: the note of where it lies may have been edited.
 - One configuration that cannot be read hides no other.
 """
@@ -93,6 +94,7 @@ def delete(config_path: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]
     if layout.config_path.parent.name == "profiles":
         with contextlib.suppress(OSError):  # AiiDA makes none: whoever has something to put there does.
             layout.config_path.rmdir()
+            removed.append(layout.config_path)
     return removed, left
 
 

@@ -3,7 +3,7 @@
 Strategy: a communicator like any other, made for one message.
 
 Rules:
-- Only what is here imports kiwipy, and it is imported only when something is to be sent.
+- kiwipy is imported only when something is to be sent.
 - What ends an operator's wait ends no task: it is on the disk, and its outcome is dropped.
 """
 

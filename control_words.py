@@ -1,6 +1,6 @@
 """What is said to an operator, in words.
 
-Strategy: pure functions from the data that ``control*.py`` returns to lines of text, so that what is printed and what
+Strategy: functions from the data that ``control*.py`` returns to lines of text, so that what is printed and what
 ``--json`` prints are the same.
 
 Rules:

@@ -113,6 +113,8 @@ def main(config_path: Path, stack: contextlib.ExitStack) -> None:
     say(f"100 tasks more were sent; on the disk are {counts['waiting']} waiting.")
     say(f"A new coordinator serves, pid {control.start(PROFILE, config_path)}.")
     say(f"All 100 are done: {collect(futures, range(2000, 2100))}.")
+    # The last outcome is there before its task has moved on.
+    control.drain(config_path, TIMEOUT)
     counts = control.status(config_path)["tasks"]
     say(f"On the disk: {counts['completed']} completed, {counts['waiting']} waiting, {counts['claimed']} claimed.")
     if counts != {"waiting": 0, "claimed": 0, "completed": 403, "failed": 0}:

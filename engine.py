@@ -11,7 +11,7 @@ Rules:
 - Answers that need a user's decoder are decoded on a lane of their own; the built-in codec runs where they are read.
 - A forked child finds its copy closed, without any trace in the parent.
 
-Frames that a communicator sends and receives, by pipe (``frames.py`` says what a frame is):
+Frames that a communicator, a command or another coordinator sends, by pipe (``frames.py`` says what a frame is):
 
     coordinator_tasks       {"type": "task", "queue", "name"}            a task waits
                             {"type": "register", "worker"}               read my registry entry

@@ -14,7 +14,8 @@ Rules:
   (Were it to take all that it has room for, 100 busy workers would be rung 45 times for each task, and not 3 times.)
 - Who refused a task is not offered it again before everybody has refused it. As long as somebody is merely full, it is
   parked for him. (Were those who have capacity now asked only, one full worker would keep all others from it.) When
-  everybody has, busy or not, it is put off: for `FIRST_PAUSE_SECONDS`, and twice as long each time. Who does not claim
+  everybody has, busy or not, it is put off: for `FIRST_PAUSE_SECONDS`, and twice as long each time, up to
+  `LONGEST_PAUSE_SECONDS`. Who does not claim
   in `FORGOTTEN_SECONDS` what others have refused counts as one of them: it may have been stopped.
 - An event costs what it changes. What would cost more is done in `dispatch`, once for all events that came together, or
   in `drift`, in steps.

@@ -10,7 +10,8 @@ caller. So any process may die at any instant, and the next one reads from the d
     completed/ or failed/task_{id}.reason   why: what the subscriber raised, or what was wrong with the task
 
 Rules:
-- A task appears under its name only when it is whole, and is on the disk itself before `TaskQueue.put` returns.
+- A task appears under its name only when it is whole, and is on the disk itself before `TaskQueue.put` returns, unless
+  its sender has chosen to do without.
 - Only whoever holds the lock of a worker id touches what lies in its claim directories (``presence.py``). A worker
   that dies while it holds a task leaves it to be given back with one more death in its name:
   ``task_{id}.{deaths}.json``.

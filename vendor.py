@@ -7,11 +7,12 @@
 PATH is an AiiDA source tree, or the directory of the installed `aiida` package.
 
 Strategy: work out first what every file is to hold, from what it holds now; stop if anything is not as expected; only
-then write. A file that AiiDA has is changed by whole lines only, so taking out the same lines restores it. What was
-interrupted is finished, or undone, by running it again.
+then write. A file that AiiDA has is changed by whole lines only, so taking out the same lines, or putting back the one
+that they stand for, restores it. What was interrupted is finished, or undone, by running it again.
 
 Rules:
-- What is not as it was left, or as AiiDA has it, is never written over: it is named, and nothing is changed.
+- What is AiiDA's or somebody else's, and not as it was left or as AiiDA has it, is never written over: it is named, and
+  nothing is changed. The copied modules say in their first line where they are to be changed, and are written over.
 - A file is replaced as a whole, and never written in place: installers link installed files to their cache.
 - No `verdi` is left that cannot start: what AiiDA imports is there before the line that imports it, and goes after it.
 """

@@ -146,3 +146,15 @@ def test_the_readmes_worker_finishes_what_it_has_when_it_is_told_to_end(served: 
     assert child.process.wait(TIMEOUT) == 0
     rows = {row["state"]: row["deaths"] for row in served.tasks()}
     assert rows["completed"] == 0 and set(rows.values()) == {0}
+
+
+def test_the_demo_loses_nothing(tmp_path: Path) -> None:
+    demo = subprocess.run(
+        [sys.executable, HERE / "demo.py"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=8 * TIMEOUT,
+        cwd=tmp_path,
+    )
+    assert (demo.returncode, demo.stderr) == (0, "") and demo.stdout.endswith("Nothing was lost.\n")
