@@ -110,7 +110,8 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
             return f"Named pipes @ {self.config_path} <{status['error']}>"
         tasks = f"{status['waiting']} tasks waiting, {status['claimed']} in hand"
         running = f"coordinator PID {status['pid']}" if status["connected"] else "coordinator <not running>"
-        return f"Named pipes @ {self.config_path}: {running}, {tasks}"
+        paused = f"; paused: nothing new is started until '{self._command} resume'" if status["paused"] else ""
+        return f"Named pipes @ {self.config_path}: {running}, {tasks}{paused}"
 
     def get_communicator(self) -> pipebroker.PipeCommunicator:
         """Return the communicator; make it first, and start a coordinator, where necessary.
@@ -153,7 +154,7 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
         if layout is None:
             return None
         try:
-            directories.check(layout, self._profile.name, control_profiles.uuid(self.config_path))
+            directories.check(layout, self._profile.name, self._uuid())
         except directories.DirectoryRefused as error:
             raise ConnectionError(str(error)) from error
         return presence.coordinator(layout)
@@ -168,11 +169,11 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
         return layout is not None and presence.coordinator(layout) is not None
 
     def probe_service_status(self) -> dict[str, Any]:
-        """Return, from the disk, whether a coordinator is running, its pid, and how many tasks wait or are in hand."""
+        """Return, from the disk, whether a coordinator runs, its pid, how many tasks wait or are in hand, and so on."""
         try:
             layout = directories.locate(self.config_path)
             if layout is None:
-                return {"connected": False, "pid": None, "waiting": 0, "claimed": 0}
+                return {"connected": False, "pid": None, "waiting": 0, "claimed": 0, "paused": False}
             said = presence.coordinator(layout)
             queue = taskqueue.TaskQueue(layout.queue)
             return {
@@ -180,6 +181,7 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
                 "pid": said.get("pid") if said is not None else None,
                 "waiting": sum(1 for _ in queue.names()),
                 "claimed": sum(1 for _ in queue.claimed()),
+                "paused": os.path.lexists(layout.paused),
                 "pipes": str(layout.pipes),
             }
         except OSError as error:
@@ -256,23 +258,35 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
     def _connect(self) -> _BrokerCommunicator:
         with self._mutex:
             if self._communicator is None or self._communicator.is_closed():
-                self._expect_home()
-                self._communicator = _BrokerCommunicator(self._profile, self.config_path, self.revive, self.renew)
+                self._communicator = _BrokerCommunicator(
+                    self._profile, self.config_path, self._uuid(), self.revive, self.renew
+                )
             return self._communicator
 
-    def _expect_home(self) -> None:
-        """:raises ConnectionError: this process has changed its directory, and AiiDA's is not where it was."""
-        if self._has_relative_home and control_profiles.uuid(self.config_path) != self._profile.uuid:
+    def _uuid(self) -> str | None:
+        """Return what tells the profile from an earlier one of its name; `None` where AiiDA does not know.
+
+        :raises ConnectionError: AiiDA has another profile there now than this process has loaded, or none.
+        """
+        name, uuid = control_profiles.identity(self.config_path)
+        if uuid in (None, self._profile.uuid) and (name is not None or not self._is_missed()):
+            return uuid
+        if self._has_relative_home:
             raise ConnectionError(
                 f"AiiDA's directory was named by a relative path, and {self.config_path} is not that of the profile "
                 f"'{self._profile.name}': make AIIDA_PATH absolute"
             )
+        raise ConnectionError(
+            f"the profile '{self._profile.name}' that this process has loaded was deleted since: start it again with a "
+            "profile that there is"
+        )
+
+    def _is_missed(self) -> bool:
+        return self._has_relative_home or control_profiles.read(self.config_path.parent.parent) is not None
 
     def _start_coordinator(self, idle: float | None) -> None:
         try:
-            layout = directories.establish(
-                self._profile.name, self.config_path, control_profiles.uuid(self.config_path)
-            )
+            layout = directories.establish(self._profile.name, self.config_path, self._uuid())
             # However many want to start one, one does, and the others find it running.
             try:
                 if presence.coordinator(layout) is None:
@@ -323,14 +337,21 @@ def _is_older(version: object) -> bool:
 class _BrokerCommunicator(pipebroker.PipeCommunicator):
     """A communicator in the hands of plumpy, which lets a process except on anything but a `kiwipy.TimeoutError`."""
 
-    def __init__(self, profile: Any, config_path: Path, revive: Callable[[], None], renew: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        profile: Any,
+        config_path: Path,
+        uuid: str | None,
+        revive: Callable[[], None],
+        renew: Callable[[], None],
+    ) -> None:
         super().__init__(
             profile.name,
             config_path,
             task_prefetch_count=get_config().get_option("daemon.worker_process_slots", scope=profile.name),
             encoder=_encode,
             decoder=_decode,
-            profile_uuid=control_profiles.uuid(config_path),
+            profile_uuid=uuid,
         )
         self._revive = revive
         self._renew = renew
@@ -443,18 +464,20 @@ def processes(config_path: Path, pks: Iterable[int]) -> dict[int, dict[str, Any]
     found = control_profiles.of(config_path)
     if found is None:
         raise RuntimeError(f"{config_path} is no profile of AiiDA's, so no process can be looked up")
-    own = get_config().dirpath
-    if not os.path.samefile(own, found[0].directory):
-        raise RuntimeError(f"AiiDA has its profiles in {own}: AIIDA_PATH says where it looks")
     try:
-        from aiida import load_profile, orm
+        own = get_config().dirpath
+        if os.path.samefile(own, found[0].directory):
+            from aiida import load_profile, orm
 
-        load_profile(found[1])
-        builder = orm.QueryBuilder().append(
-            orm.ProcessNode,
-            filters={"id": {"in": list(pks) or [0]}},
-            project=["id", "attributes.process_label", "attributes.process_state"],
-        )
-        return {number: {"pk": number, "label": label, "state": state} for number, label, state in builder.iterall()}
+            load_profile(found[1])
+            builder = orm.QueryBuilder().append(
+                orm.ProcessNode,
+                filters={"id": {"in": list(pks) or [0]}},
+                project=["id", "attributes.process_label", "attributes.process_state"],
+            )
+            return {
+                number: {"pk": number, "label": label, "state": state} for number, label, state in builder.iterall()
+            }
     except Exception as error:
         raise RuntimeError(f"AiiDA cannot be asked: {type(error).__name__}: {error}") from error
+    raise RuntimeError(f"AiiDA has its profiles in {own}: AIIDA_PATH says where it looks")

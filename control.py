@@ -146,6 +146,8 @@ def pause(config_path: str | os.PathLike[str]) -> bool:
     mark = own(config_path).paused
     if os.path.lexists(mark):
         return False
+    if not mark.parent.is_dir():
+        raise presence.CoordinatorError(f"{mark.parent} is not there any more: 'start' makes it anew")
     files.write_whole(mark, b"", durable=True)
     files.sync_directory(mark.parent)
     return True
@@ -267,6 +269,8 @@ def _aiida() -> Any:
         return aiidabroker
     except ImportError as error:
         raise presence.CoordinatorError(f"AiiDA is not installed here: {error}") from error
+    except Exception as error:  # It makes directories when it is imported, for example.
+        raise presence.CoordinatorError(f"AiiDA cannot be used here: {error}") from error
 
 
 # What the answers are made of
@@ -292,8 +296,10 @@ def own(config_path: str | os.PathLike[str]) -> directories.Layout:
     :raises directories.DirectoryRefused: the queue has a format that this version does not know.
     """
     layout = find(config_path)
-    if os.stat(layout.queue).st_uid != os.geteuid():
-        raise presence.CoordinatorError(f"{layout.queue} is another user's: do this as that user")
+    # Where the queue was set aside, its pipes are still there.
+    owned = layout.queue if layout.queue.exists() else layout.registry
+    if os.stat(owned).st_uid != os.geteuid():
+        raise presence.CoordinatorError(f"{owned} is another user's: do this as that user")
     return layout
 
 

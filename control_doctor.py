@@ -17,6 +17,7 @@ import os
 import re
 import resource
 import stat
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +198,7 @@ def _room(layout: directories.Layout) -> Iterator[Finding]:
             yield Finding(f"less than {_ROOM_BYTES >> 20} MiB are free for {directory}", "make room on that disk")
         if room.f_files > 0 and room.f_favail < _ROOM_FILES:
             yield Finding(f"there is hardly room for more files in {directory}", "remove files from that disk")
-        probe = directory / f".doctor.{os.getpid()}"
+        probe = directory / f".doctor.{uuid.uuid4().hex}"
         try:
             files.write_whole(probe, b"probe")
         finally:

@@ -49,7 +49,7 @@ def _row(layout: directories.Layout) -> dict[str, Any]:
     said = presence.coordinator(layout)
     queues = control.queues(layout).values()
     return {
-        "profile": directories.read_format(layout.config_path).get("profile"),
+        "profile": _profile(layout.config_path),
         "running": said is not None,
         "pid": said["pid"] if said else None,
         "waiting": sum(1 for queue in queues for _ in queue.names()),
@@ -58,6 +58,11 @@ def _row(layout: directories.Layout) -> dict[str, Any]:
         "directory": str(layout.config_path),
         "pipes": str(layout.pipes),
     }
+
+
+def _profile(config_path: Path) -> str | None:
+    name = directories.read_format(config_path).get("profile")
+    return control_profiles.identity(config_path)[0] if name is None else str(name)
 
 
 def _of_aiida() -> Iterator[Path]:
@@ -85,6 +90,9 @@ def delete(config_path: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]
     # Asked before anything is removed, as what is what depends on where it lies.
     strange = {path for path in strangers.strangers(layout) if path}
     pipes = [layout.pipes] if (layout.pipes, layout.config_path) in directories.configurations() else []
+    if not pipes:
+        with contextlib.suppress(OSError):  # One that was interrupted may have left it empty, and nobody's.
+            layout.pipes.rmdir()
     removed, left = [], []
     for directory in (*pipes, layout.registry, layout.queue):
         if directory.is_dir():
@@ -101,8 +109,8 @@ def delete(config_path: str | os.PathLike[str]) -> tuple[list[Path], list[Path]]
 def _remove(directory: Path, strange: set[str]) -> list[Path]:
     """Remove a directory and all in it that is the broker's; return what is not."""
     left = []
-    # What says that this is a queue, and whose, goes last: what is interrupted can be done again.
-    for path in sorted(directory.iterdir(), key=lambda path: path.name == "format"):
+    # What says whose a directory is goes last: what is interrupted can be done again.
+    for path in sorted(directory.iterdir(), key=lambda path: path.name in ("format", ".config")):
         ours = not path.name.startswith(".") or path.name == ".config" or files.is_draft(path.name)
         if str(path) in strange or not ours:
             left.append(path)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import directories
 import pipebroker
 import verdi
 from harness import HERE, eventually
@@ -150,6 +151,29 @@ def test_a_profile_that_is_deleted_while_somebody_uses_it_says_what_to_remove(ai
         eventually(lambda: is_free(lock.fileno()))  # The coordinator has seen it, and has ended.
 
 
+@pytest.mark.long
+def test_a_profile_that_is_deleted_takes_its_own_along(aiida: Aiida) -> None:
+    if not aiida.vendored or "configure-broker" not in aiida.verdi("profile", "--help"):
+        pytest.skip("AiiDA's own commands know the broker where it is copied into 2.9 or newer")
+    for what in ("set aside", "another's"):
+        other = Aiida(aiida.home, aiida.env, f"{aiida.profile}-1", aiida.vendored)
+        aiida.verdi("presto", "--use-namedpipe", "--non-interactive", "--profile-name", other.profile)
+        queue, pipes = other.config_path / "coordinator", Path(f"/tmp/aiida_{other.profile}_pipes")
+        aiida.verdi("-p", other.profile, "coordinator", "start")
+        aiida.verdi("-p", other.profile, "coordinator", "stop")
+        if what == "set aside":
+            queue.rename(queue.with_name("coordinator.old"))
+        else:
+            said = json.loads((queue / "format").read_text())
+            (queue / "format").write_text(json.dumps({**said, "profile": "one", "uuid": None}))
+        told = aiida.verdi("profile", "delete", "--force", "--delete-data", other.profile)
+        if what == "set aside":
+            assert "is left" not in told and not pipes.exists()
+        else:
+            assert "the queue of the profile 'one'" in " ".join(told.split()) and (queue / "format").exists()
+            directories.remove_pipes(pipes)
+
+
 def is_free(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,6 +217,7 @@ def test_what_stands_before_a_command_and_what_needs_no_profile(aiida: Aiida, tm
         pytest.skip("aiida-coordinator is the script itself")
     assert re.fullmatch(r"\d+\.\d+\.\d+\n", aiida.verdi("coordinator", "--version"))
     assert json.loads(aiida.verdi("coordinator", "--json", "status", status=3))["version"] == 1
+    assert str(aiida.config_path) in aiida.verdi("coordinator", "call", "--", "-h", "1", status=1)
     aiida.verdi("profile", "configure-broker", "core.namedpipe", "-n", "--idle", "nan", status=2)
     home = tmp_path / "nobody"
     home.mkdir()

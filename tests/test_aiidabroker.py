@@ -8,7 +8,10 @@ import importlib.util
 import json
 import logging
 import os
+import re
+import shutil
 import signal
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +25,7 @@ import control
 import directories
 import pipebroker
 import presence
-from harness import TIMEOUT, Broker, eventually
+from harness import COORDINATOR, TIMEOUT, Broker, eventually
 
 if importlib.util.find_spec("aiida") is None:
     pytest.skip("aiida-core is not installed", allow_module_level=True)
@@ -46,8 +49,8 @@ def made(aiidabroker: ModuleType, broker: Broker, monkeypatch: pytest.MonkeyPatc
     config = SimpleNamespace(dirpath=str(home), get_option=lambda *_, **__: 10)
     monkeypatch.setattr(aiidabroker, "get_config", lambda: config)
 
-    def make(**process_control: Any) -> Any:
-        profile = SimpleNamespace(name=broker.profile, process_control_config=process_control, uuid="1" * 32)
+    def make(uuid: str = "1" * 32, **process_control: Any) -> Any:
+        profile = SimpleNamespace(name=broker.profile, process_control_config=process_control, uuid=uuid)
         pipe_broker = aiidabroker.PipeBroker(profile)
         broker.stack.callback(pipe_broker.close)
         return pipe_broker
@@ -80,7 +83,8 @@ def test_asked_for_by_the_old_name(aiidabroker: ModuleType) -> None:
 def test_looking_makes_nothing(made: Callable[..., Any], broker: Broker) -> None:
     pipe_broker = made()
     assert not pipe_broker.check_service_reachable()
-    assert pipe_broker.probe_service_status() == {"connected": False, "pid": None, "waiting": 0, "claimed": 0}
+    nothing = {"connected": False, "pid": None, "waiting": 0, "claimed": 0, "paused": False}
+    assert pipe_broker.probe_service_status() == nothing
     assert "not running" in str(pipe_broker)
     pipe_broker.close()
     assert not broker.config_path.exists() and not broker.pipes.exists()
@@ -261,7 +265,7 @@ def test_verdi_status_says_that_the_coordinator_is_stopped(made: Callable[..., A
 def test_verdi_status_starts_and_advises_nothing_in_another_profiles_queue(
     made: Callable[..., Any], broker: Broker
 ) -> None:
-    pipe_broker = made()
+    pipe_broker = made(uuid="2" * 32)
     broker.communicator(profile_uuid="1" * 32).close()
     configuration = broker.config_path.parent.parent / "config.json"
     configuration.write_text(json.dumps({"profiles": {broker.profile: {"PROFILE_UUID": "2" * 32}}}))
@@ -417,14 +421,81 @@ def test_a_coordinator_that_is_not_known_to_be_older_is_left_alone(
     assert control.stop(broker.config_path, first) == first
 
 
+def test_a_broker_that_is_paused_says_so(made: Callable[..., Any], broker: Broker) -> None:
+    broker.start()
+    control.pause(broker.config_path)
+    assert re.search(rf"; paused: nothing new is started until '.*{broker.profile}.* resume'$", str(made()))
+    control.resume(broker.config_path)
+    assert "; paused" not in str(made())
+
+
+def known(broker: Broker, *uuids: str | None) -> None:
+    """Let AiiDA's configuration have the profile with one UUID, with none, or not have it."""
+    profiles = {broker.profile: {"PROFILE_UUID": uuid} for uuid in uuids}
+    (broker.config_path.parent.parent / "config.json").write_text(json.dumps({"profiles": profiles}))
+
+
 def test_the_profiles_uuid_tells_it_from_an_earlier_one_of_its_name(made: Callable[..., Any], broker: Broker) -> None:
-    configuration = broker.config_path.parent.parent / "config.json"
-    pipe_broker = made(autostart=False)
-    for uuid in ("1" * 32, "2" * 32):
-        configuration.write_text(json.dumps({"profiles": {broker.profile: {"PROFILE_UUID": uuid}}}))
-        if uuid == "1" * 32:
-            pipe_broker.get_communicator().task_send("old", no_reply=True)
-            pipe_broker.close()
-        else:
-            with pytest.raises(directories.DirectoryRefused, match="belongs to another profile"):
-                pipe_broker.get_communicator()
+    broker.communicator().close()
+    known(broker, "1" * 32)
+    old = made(autostart=False)
+    old.get_communicator().task_send("old", no_reply=True)
+    old.close()
+    known(broker, "2" * 32)
+    with pytest.raises(directories.DirectoryRefused, match="belongs to another profile"):
+        made(uuid="2" * 32, autostart=False).get_communicator()
+
+
+@pytest.mark.parametrize("again", [True, False])
+@pytest.mark.parametrize("was_there", [True, False])
+def test_who_has_loaded_a_profile_that_was_deleted_since_sends_nothing_to_the_next_of_its_name(
+    made: Callable[..., Any], broker: Broker, caplog: pytest.LogCaptureFixture, was_there: bool, again: bool
+) -> None:
+    broker.communicator(profile_uuid="1" * 32).close()
+    known(broker, "1" * 32)
+    old = made()
+    if was_there:
+        made(autostart=False).get_communicator()
+    shutil.rmtree(broker.config_path)
+    known(broker, *(["2" * 32] if again else []))
+    with pytest.raises(ConnectionError, match=f"'{broker.profile}' that this process has loaded was deleted"):
+        old.get_communicator()
+    with caplog.at_level(logging.WARNING):
+        old._start_coordinator(None)
+    assert "was deleted since" in caplog.text
+    assert not broker.config_path.exists()
+    if again:
+        assert not made(uuid="2" * 32, autostart=False).get_communicator().is_closed()
+
+
+def test_a_profile_without_a_uuid_is_known_by_its_name(
+    aiidabroker: ModuleType, made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker.communicator().close()
+    known(broker, None)
+    home = broker.config_path.parent.parent
+    monkeypatch.chdir(home.parent)
+    monkeypatch.setattr(aiidabroker.get_config(), "dirpath", home.name)
+    assert not made(uuid="3" * 32, autostart=False).get_communicator().is_closed()
+
+
+def test_aiida_that_cannot_be_asked_is_said_to_be_that(
+    aiidabroker: ModuleType, made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made()
+    known(broker, None)
+
+    def get_config() -> None:
+        raise LookupError("of version 99")
+
+    monkeypatch.setattr(aiidabroker, "get_config", get_config)
+    with pytest.raises(RuntimeError, match=r"AiiDA cannot be asked: .*of version 99"):
+        aiidabroker.processes(broker.config_path, [1])
+
+
+def test_aiida_that_cannot_be_imported_is_said_to_be_that() -> None:
+    command = [*COORDINATOR, "--profile", "any", "configure"]
+    environment = {**os.environ, "AIIDA_PATH": "/proc/none"}
+    said = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
+    assert said.returncode == 1 and "Traceback" not in said.stderr, said
+    assert "AiiDA cannot be used here" in said.stderr.splitlines()[-1]  # Before it, AiiDA warns.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ import control_doctor
 import control_install
 import control_profiles
 import directories
+import files
 import frames
 import pipebroker
+import presence
 import sharing
 from harness import COORDINATOR, HOARD, TIMEOUT, Broker, eventually
 
@@ -421,20 +425,56 @@ def test_a_queue_may_be_set_aside_again_and_again(broker: Broker, tmp_path: Path
 
 
 def test_a_delete_that_is_interrupted_can_be_done_again(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
-    sender = broker.communicator()
-    for number in range(20):
-        sender.task_send(number, no_reply=True)
-    sender.close()
-    order: list[str] = []
-    unlink = Path.unlink
+    left = 0
 
-    def noted(path: Path, missing_ok: bool = False) -> None:
-        order.append(path.name)
-        unlink(path, missing_ok)
+    def interrupted(call: Callable[[Path], None]) -> Callable[[Path], None]:
+        def remove(path: Path) -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                raise KeyboardInterrupt
+            call(path)
 
-    monkeypatch.setattr(Path, "unlink", noted)
-    control_install.delete(broker.config_path)
-    assert order.index("format") == len(order) - 1 and not broker.queue.exists()
+        return remove
+
+    for step in range(1, 100):
+        with broker.communicator() as sender:
+            sender.task_send("waits", no_reply=True)
+        left = step
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", interrupted(Path.unlink))
+            patch.setattr(Path, "rmdir", interrupted(Path.rmdir))
+            with contextlib.suppress(KeyboardInterrupt):
+                control_install.delete(broker.config_path)
+        if left > 0:
+            break
+        with contextlib.suppress(presence.CoordinatorError):  # It was to remove but the queue's empty directory.
+            control_install.delete(broker.config_path)
+        assert not broker.pipes.exists() and not list(files.listed(broker.queue)), step
+    assert step > 10 and not broker.queue.exists()
+
+
+def test_what_is_left_of_a_queue_that_was_set_aside_can_be_deleted(broker: Broker, tmp_path: Path) -> None:
+    directory = configuration(tmp_path, broker.profile, current=broker.profile)
+    broker.config_path = directory / "profiles" / broker.profile
+    broker.communicator(profile_uuid=NEW).close()
+    broker.queue.rename(broker.queue.with_name("coordinator.old"))
+    rows = json.loads(say(tmp_path, "list", "--json").stdout)["profiles"]
+    assert broker.profile in [row["profile"] for row in rows]
+    said = say(tmp_path, "pause")
+    assert said.returncode == 1 and "'start' makes it anew" in said.stderr
+    said = say(tmp_path, "delete", "--yes")
+    assert said.returncode == 0 and not broker.pipes.exists()
+    assert sorted(os.listdir(broker.config_path)) == ["coordinator.old"]
+
+
+def test_what_a_doctor_that_was_killed_has_left_is_the_brokers(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    broker.communicator().close()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "remove", lambda _: None)
+        control_doctor.examine(broker.config_path)
+    assert [path for path in broker.queue.iterdir() if ".doctor" in path.name]
+    assert control_install.delete(broker.config_path)[1] == []
 
 
 def test_a_directory_of_another_name_says_which_profile_to_name(broker: Broker) -> None:

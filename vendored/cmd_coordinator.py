@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import pathlib
 import shlex
@@ -42,7 +43,8 @@ class CoordinatorCommand(click.Command):
         def run(ctx: click.Context, arguments: tuple[str, ...]) -> None:
             given = ['--json', *arguments] if ctx.parent.params['as_json'] else list(arguments)
             # Of no profile, and on a machine where there is none yet.
-            if name == 'list' or {'-h', '--help'} & set(given):
+            options = itertools.takewhile(lambda word: word != '--', given)
+            if name == 'list' or {'-h', '--help'} & set(options):
                 sys.exit(_main(name, given, ('', pathlib.Path())))
             sys.exit(run_for_profile(ctx, given))
 
@@ -124,16 +126,21 @@ def run_coordinator_command(profile: Profile, command: str, *arguments: str) -> 
 
 def delete_queue(profile: Profile) -> None:
     """Delete the queue and the pipes of a profile that is deleted."""
-    from aiida.brokers.namedpipe import control_install, directories
+    from aiida.brokers.namedpipe import control_install, directories, files, whose
 
     layout = directories.locate(_directory(profile))
     if layout is None:
         return
+    said = directories.read_format(_directory(profile))
+    if said and not whose.Owner(profile.name, profile.uuid).is_of(said):
+        echo.echo_warning(f"{layout.queue} is the queue of the profile '{said.get('profile')}', and is left.")
+        return
     try:
         control_install.delete(_directory(profile))
     except (RuntimeError, OSError) as error:
-        remove = shlex.join(['rm', '-r', str(layout.queue), str(layout.registry), str(layout.pipes)])
-        why = str(error).rstrip('.')
+        paths = (layout.queue, layout.registry, layout.pipes)
+        remove = shlex.join(['rm', '-r', *(str(path) for path in paths if path.exists())])
+        why = files.told(error).rstrip('.')
         echo.echo_warning(
             f'What the named pipe broker has of `{profile.name}` is left: {why}. '
             f'When nothing of that profile runs any more, `{remove}` removes it.'
