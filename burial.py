@@ -78,17 +78,19 @@ def _take(
 ) -> tuple[dict[str, presence.Lock], bool]:
     """Return the locks of the dead among some worker ids, and whether there were descriptors for all."""
     locks: dict[str, presence.Lock] = {}
-    for worker_id in worker_ids:
-        with _logged(f"Worker {worker_id} could not be buried"):
-            try:
-                lock = presence.WorkerLock.take(layout, worker_id, make=lost)
-            except OSError as error:
-                if error.errno in files.NO_DESCRIPTOR and len(worker_ids) > 1:
-                    return locks, False
-                raise
-            if lock is not None:
-                stack.callback(lock.release)
-                locks[worker_id] = lock
+    # One more is needed for what is done with them.
+    with _logged("Nobody can be buried"), open(os.devnull, "rb"):
+        for worker_id in worker_ids:
+            with _logged(f"Worker {worker_id} could not be buried"):
+                try:
+                    lock = presence.WorkerLock.take(layout, worker_id, make=lost)
+                except OSError as error:
+                    if error.errno in files.NO_DESCRIPTOR and len(worker_ids) > 1:
+                        return locks, False
+                    raise
+                if lock is not None:
+                    stack.callback(lock.release)
+                    locks[worker_id] = lock
     return locks, True
 
 
@@ -219,7 +221,7 @@ def tell_sender(layout: directories.Layout, path: str, exception: str) -> None:
     reply_to = said.get("reply_to")
     if not said.get("no_reply") and directories.is_reply_pipe(reply_to):
         text = frames.encode({"correlation_id": said.get("correlation_id"), "exception": exception})
-        fifo.leave(text, layout.pipes / str(reply_to))
+        fifo.leave(text, layout, str(reply_to))
 
 
 def bury_claimants(layout: directories.Layout, queue: taskqueue.TaskQueue) -> None:

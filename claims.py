@@ -5,7 +5,8 @@ its way out of our hands is known until the disk says that it has left, so that 
 
 Rules:
 - A task leaves in one place, `Claims._leave`: first its outcome is on its way, then it is moved.
-- As long as a task's file is claimed, it is not forgotten: a move that failed is tried again at the next look.
+- As long as a task's file is claimed, it is not forgotten: what failed is tried again at the next look. An outcome that
+  finds no room keeps its task claimed until it does.
 - A signal handler may raise between any two lines.
 """
 
@@ -119,8 +120,8 @@ class Claims:
     def settle(self, task: taskqueue.Task, before: Callable[[], None], state: str, reason: str = "") -> bool:
         """Let go of a task, as whoever works on it says.
 
-        :param before: puts its outcome on its way; called first, and does not wait. If it is interrupted, it is called
-            again, since one outcome too many does no harm.
+        :param before: puts its outcome on its way; called first, and does not wait. If it is interrupted, or raises an
+            `OSError`, it is called again, since one outcome too many does no harm.
         :param state: where it goes: 'completed', or '' to wait again.
         :param reason: what its subscriber raised; kept beside it.
         :return: whether it was still held; if not, nothing was done.
@@ -142,9 +143,9 @@ class Claims:
 
     def _leave(self, name: str, state: str, before: Callable[[], None] = _nothing) -> None:
         self._leaving[name] = (state, before)
-        before()
-        self._leaving[name] = (state, _nothing)
         try:
+            before()
+            self._leaving[name] = (state, _nothing)
             self.queue.move(name, self._state, state)
             del self._leaving[name]
         except OSError as error:

@@ -370,7 +370,7 @@ def _remove(layout: directories.Layout, found: Found) -> None:
             raise NoSuchTask(f"task {found.task_id} has moved on meanwhile: ask again")
         found = dataclasses.replace(found, state="failed")
     if found.state == "failed":
-        with contextlib.suppress(FileNotFoundError):  # The pipes are gone, and so is whoever waited.
+        with contextlib.suppress(FileNotFoundError):  # It has moved on, as is said below.
             burial.tell_sender(layout, found.path, f"task {found.task_id} was removed from the queue")
     try:
         os.unlink(found.path)

@@ -163,10 +163,14 @@ def remake(layout: Layout) -> None:
     :raises DirectoryRefused: another configuration has taken the pipes directory.
     """
     files.make_directories(layout.registry)
-    layout.pipes.mkdir(mode=0o700, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        os.symlink(layout.config_path, layout.pipes / _OWNER)
-    if not _belongs(layout.pipes, layout.config_path):
+    # Again, as somebody may go on removing them.
+    for _ in range(3):
+        layout.pipes.mkdir(mode=0o700, exist_ok=True)
+        with contextlib.suppress(FileExistsError, FileNotFoundError):
+            os.symlink(layout.config_path, layout.pipes / _OWNER)
+        if _belongs(layout.pipes, layout.config_path):
+            break
+    else:
         raise DirectoryRefused(f"{layout.pipes} belongs to another configuration now: restart this process.")
     if _recorded(layout.config_path) != layout.pipes:
         files.replace_symlink(layout.pipes, layout.registry / "directory")

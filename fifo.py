@@ -382,12 +382,12 @@ class Writer:
 # Without a poller
 
 
-def leave(text: str, receiver: Path) -> None:
+def leave(text: str, layout: directories.Layout, name: str) -> None:
     """Bring a message to whoever reads a pipe so that it outlives us: in the pipe, or as a body beside it.
 
     :raises OSError: neither could be done. Where nobody reads the pipe, there is nothing to do.
     """
-    data = frames.frame(text)
+    data, receiver = frames.frame(text), layout.pipes / name
     try:
         if data is not None:
             write_once(receiver, data)
@@ -395,9 +395,23 @@ def leave(text: str, receiver: Path) -> None:
     except OSError as error:
         if error.errno == errno.ENXIO:
             return
-    data = bodies.pack_body(text, receiver)
+    data = leave_body(text, layout, name)
     with contextlib.suppress(OSError):
         write_once(receiver, data)  # It finds the body when it looks after itself, rung or not.
+
+
+def leave_body(text: str, layout: directories.Layout, name: str) -> bytes:
+    """Put a message beside a pipe that may be gone: its reader finds it once it has made the pipe again.
+
+    :return: the frame that names it.
+    :raises OSError: it cannot be written.
+    """
+    try:
+        return bodies.pack_body(text, layout.pipes / name)
+    except FileNotFoundError:
+        # Somebody has removed the directory too, and nobody has looked after himself since.
+        directories.remake(layout)
+        return bodies.pack_body(text, layout.pipes / name)
 
 
 def knock(path: Path, message: frames.Message) -> bool:

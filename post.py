@@ -340,15 +340,19 @@ class Post:
     def deliver(self, reply_to: object, correlation_id: object, text: str, *, outlives: bool = False) -> None:
         """Send the text of an answer to whoever waits for it; run no code of a user's.
 
-        :param outlives: it is the outcome of a task: where the pipe does not take it, it goes to the disk first.
+        :param outlives: it is the outcome of a task: where the pipe does not take it, it goes to the disk.
+        :raises OSError: an outcome could neither be sent nor left. (There is nobody who would send another answer
+            again.)
         """
         if self.ways.disowned or not directories.is_reply_pipe(reply_to):
             return
         try:
             self._deliver(text, str(reply_to), outlives)
         except OSError as error:
+            if outlives and frames.frame(text) is not None:
+                raise  # An excuse would need as much room.
             _LOGGER.error("An answer to %s could not be sent: %s", reply_to, error)
-            with contextlib.suppress(OSError):
+            with contextlib.nullcontext() if outlives else contextlib.suppress(OSError):
                 self._deliver(self._excuse(correlation_id, error), str(reply_to), outlives)
 
     def _deliver(self, text: str, name: str, outlives: bool) -> None:
@@ -361,33 +365,23 @@ class Post:
                         self._send(text, writer, outlives)
                         return
                 elif not os.path.lexists(self._layout.pipes / name):
-                    self._leave(text, name)
+                    fifo.leave_body(text, self._layout, name)
                     return
         except OSError as error:
-            if error.errno not in files.NO_DESCRIPTOR:
+            if error.errno in files.NO_DESCRIPTOR:
+                with self._poller.spare_descriptor():
+                    fifo.leave(text, self._layout, name)
+            elif outlives:
+                fifo.leave_body(text, self._layout, name)
+            else:
                 raise
-            with self._poller.spare_descriptor():
-                fifo.leave(text, self._layout.pipes / name)
-
-    def _leave(self, text: str, name: str) -> None:
-        """Leave an answer where whoever awaits it finds it, once it has made its pipe again."""
-        try:
-            bodies.pack_body(text, self._layout.pipes / name)
-        except FileNotFoundError:
-            # Somebody has removed the directory too, and nobody has looked after himself since.
-            directories.remake(self._layout)
-            bodies.pack_body(text, self._layout.pipes / name)
 
     def _send(self, text: str, writer: fifo.Writer, outlives: bool) -> None:
         data = frames.frame(text)
         if data is not None and writer.offer(data):
             return
         if data is None or outlives:
-            try:
-                data = bodies.pack_body(text, writer.path)
-            except OSError:
-                if data is None:
-                    raise
+            data = bodies.pack_body(text, writer.path)
         try:
             writer.send(data)
         except BrokenPipeError:

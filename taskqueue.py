@@ -178,20 +178,26 @@ class TaskQueue:
             nothing is raised.
         """
         path, draft = self.file(task_id), f"{self._root}/.{task_id}"
+        visible, opened = False, list[int]()
         try:
-            descriptor = self._create(draft)
             try:
-                files.write_all(descriptor, text.encode(), path)
+                opened.append(self._create(draft))
+                files.write_all(opened[0], text.encode(), path)
+                if self._fsync:
+                    # Before a worker can have the task, as there may be no descriptor for this.
+                    opened.append(os.open(self._root, os.O_RDONLY | os.O_DIRECTORY))
+                visible = True
                 os.rename(draft, path)
                 announce()
-                if self._fsync:
+                for descriptor in opened if self._fsync else ():
                     files.sync(descriptor)
-                    files.sync_directory(self._root)
             finally:
-                os.close(descriptor)
+                for descriptor in opened:
+                    os.close(descriptor)
         except BaseException as error:
             files.remove(draft)
-            if files.remove(path) or not isinstance(error, OSError) or not self._is_known(task_id):
+            known = visible and isinstance(error, OSError)
+            if files.remove(path) or not known or not self._is_known(task_id):
                 raise
 
     def _create(self, path: str) -> int:
@@ -203,9 +209,16 @@ class TaskQueue:
             return os.open(path, flags, 0o600)
 
     def _is_known(self, task_id: str) -> bool:
-        """Say whether a task is somewhere after all: claimed, done, given back or given up on."""
-        names = (name for place in PLACES.values() if place != "claimed" for name in self.names(place))
-        return any(split(name)[0] == task_id for name in (*(name for _, name in self.claimed()), *names))
+        """Say whether a task is somewhere after all: claimed, done, given back or given up on.
+
+        What cannot be looked into may have it.
+        """
+        try:
+            claimed = [f"claimed/{worker_id}" for worker_id in self.claims()]
+            places = [*claimed, *(place for place in PLACES.values() if place != "claimed")]
+            return any(split(name)[0] == task_id for place in places for name in self.names(place))
+        except OSError:
+            return True
 
     def names(self, state: str = "") -> Iterator[str]:
         """Yield the names of the tasks in a state, in no order, as the disk gives them."""

@@ -5,6 +5,7 @@ removed directories and intakes, exhausted descriptors, failing disks, and excep
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -18,6 +19,8 @@ from typing import Any
 import kiwipy
 import pytest
 
+import bodies
+import directories
 from harness import HOARD, HOLDER, RECORDER, TIMEOUT, Broker, Child, eventually, is_gone, recorded, within
 
 SOON = 5.0
@@ -676,17 +679,20 @@ def test_a_rejection_in_another_thread_takes_nothing_from_the_next_subscriber(
 
 
 FEW_DESCRIPTORS = """
-import resource
 import burial, directories
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 layout = directories.locate(config_path)
-print(len(burial.bury(layout, burial.everybody(layout)).worker_ids))
+use_up()
+for _ in range(int(arguments[0])):
+    os.close(hoard.pop())
+buried = burial.bury(layout, [f"w{number}" for number in range(int(arguments[1]))])
+print(len(buried.worker_ids), len(buried.tasks))
 """
 
 
-def test_more_dead_than_descriptors_are_buried(broker: Broker) -> None:
+@pytest.mark.parametrize(("dead", "free"), [(150, 50), (10, 10), (3, 3), (3, 2), (2, 2)])
+def test_as_many_dead_as_descriptors_or_more_are_buried(broker: Broker, dead: int, free: int) -> None:
     sender = broker.communicator(fsync=False)
-    for number in range(150):
+    for number in range(dead):
         sender.task_send(number, no_reply=True)
     # As so many workers leave it that were killed with a task in hand.
     for number, task in enumerate(sorted(broker.queue.glob("task_*"))):
@@ -694,8 +700,8 @@ def test_more_dead_than_descriptors_are_buried(broker: Broker) -> None:
         claimed.mkdir()
         (claimed / "lock").touch()
         task.rename(claimed / task.name)
-    assert broker.spawn(FEW_DESCRIPTORS).line() == "150"
-    assert len(broker.tasks("waiting")) == 150
+    assert broker.spawn(HOARD + FEW_DESCRIPTORS, free, dead).line() == f"{dead} {dead}"
+    assert len(broker.tasks("waiting")) == dead
 
 
 @pytest.mark.parametrize("kind", ["task", "call"])
@@ -740,3 +746,137 @@ def test_an_outcome_comes_though_the_pipe_comes_back_while_it_is_looked_for(
     worker.add_task_subscriber(subscriber)
     assert sender.task_send("body").result(LOOK) == "body"
     assert not comes_back
+
+
+def without_room(*_: object) -> bytes:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_an_outcome_that_finds_no_room_is_kept_until_it_does(
+    served: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, sender = served.communicator("worker"), served.communicator()
+    pipe = served.pipes / sender._engine.reply
+
+    def subscriber(_: Any, body: Any) -> Any:
+        pipe.unlink()
+        return body
+
+    with monkeypatch.context() as full:
+        full.setattr(bodies, "pack_body", without_room)
+        worker.add_task_subscriber(subscriber)
+        sent = sender.task_send("body")
+        eventually(lambda: "cannot leave" in caplog.text)
+        assert len(served.tasks("claimed")) == 1 and not served.tasks("completed")
+    assert sent.result(2 * LOOK) == "body"
+    eventually(lambda: len(served.tasks("completed")) == 1)
+
+
+SENDS_AND_IS_STOPPED = """
+sender = communicator(fsync=False)
+sent = [sender.task_send("x" * 1000) for _ in range(100)]
+print("ready"); sys.stdin.readline()
+print(all(len(future.result(30)) == 1000 for future in sent))
+sys.stdin.read(); sender.close()
+"""
+
+
+def test_outcomes_that_a_stopped_sender_and_a_full_disk_do_not_take_outlive_their_worker(
+    served: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender, ran = served.child(SENDS_AND_IS_STOPPED), 0
+    sender.stop()
+
+    def subscriber(_: Any, body: Any) -> Any:
+        nonlocal ran
+        ran += 1
+        return body
+
+    with disposable(served, sender):
+        with monkeypatch.context() as full:
+            full.setattr(bodies, "pack_body", without_room)
+            worker = served.communicator("worker", task_prefetch_count=100)
+            worker.add_task_subscriber(subscriber)
+            eventually(lambda: ran == 100)
+        worker.close()
+        sender.go_on()
+        sender.tell("go on")
+        assert sender.line(TIMEOUT) == "True" and ran == 100
+        assert sender.end() == 0
+
+
+def test_a_sender_without_a_descriptor_hears_truly_whether_its_task_runs(served: Broker) -> None:
+    sends = (
+        HOARD
+        + """
+sender = communicator()
+assert sender.task_send("first").result(20) == "first"
+use_up()
+os.close(hoard.pop())
+raised = []
+for number in range(100):
+    try:
+        sender.task_send(number, no_reply=True)
+    except OSError:
+        raised.append(number)
+free()
+print(raised)
+sys.stdin.read(); sender.close()
+"""
+    )
+    done: list[Any] = []
+    worker = served.communicator("worker")
+    worker.add_task_subscriber(lambda _, body: done.append(body) or body)
+    sender = served.spawn(sends)
+    raised = json.loads(sender.line())
+    eventually(lambda: not served.tasks("waiting") and not served.tasks("claimed"))
+    assert sorted([*raised, *done[1:]]) == list(range(100))
+    assert sender.end() == 0
+
+
+@pytest.mark.parametrize("serving", [True, False])
+def test_who_waits_for_a_task_that_is_removed_hears_of_it_though_the_pipes_were_removed(
+    broker: Broker, serving: bool
+) -> None:
+    if serving:
+        broker.start()
+    sent = broker.communicator().task_send("body")
+    shutil.rmtree(broker.pipes)
+    (task,) = broker.tasks("waiting")
+    broker.run("remove", task["id"])
+    with pytest.raises(kiwipy.RemoteException, match="was removed from the queue"):
+        sent.result(LOOK)
+
+
+def test_pipes_that_are_removed_while_they_are_made_again_are_nobody_elses(
+    broker: Broker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker.communicator().close()
+    layout, symlink = directories.locate(broker.config_path), os.symlink
+    assert layout is not None
+    shutil.rmtree(layout.pipes)
+
+    def vanishes(target: Any, link: Any) -> None:
+        monkeypatch.setattr(os, "symlink", symlink)
+        symlink(target, link)
+        shutil.rmtree(layout.pipes)
+
+    monkeypatch.setattr(os, "symlink", vanishes)
+    directories.remake(layout)
+    assert layout.pipes.is_dir()
+
+
+def test_a_second_subscriber_of_a_worker_gets_at_once_what_the_first_has_rejected(served: Broker) -> None:
+    rejected = 0
+
+    def reject(*_: Any) -> None:
+        nonlocal rejected
+        rejected += 1
+        raise kiwipy.TaskRejected("not for me")
+
+    worker = served.communicator("worker")
+    worker.add_task_subscriber(reject)
+    sent = served.communicator().task_send("body")
+    eventually(lambda: rejected == 4)  # The next time would be eight seconds later.
+    worker.add_task_subscriber(lambda _, body: body)
+    assert sent.result(SOON) == "body"

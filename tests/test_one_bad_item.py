@@ -131,7 +131,8 @@ def test_what_is_named_as_no_part_of_the_broker_is_left_alone(layout: directorie
 def test_whoever_sent_a_task_that_is_given_up_is_told_once_the_disk_has_room(
     layout: directories.Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reply = layout.pipes / directories.reply_pipe()
+    name = directories.reply_pipe()
+    reply = layout.pipes / name
     os.mkfifo(reply)
     reader = os.open(reply, os.O_RDONLY | os.O_NONBLOCK)
     text = frames.encode({"correlation_id": "1", "exception": "x" * 10_000})
@@ -143,8 +144,8 @@ def test_whoever_sent_a_task_that_is_given_up_is_told_once_the_disk_has_room(
 
             trouble.setattr(bodies, "pack_body", full)
             with pytest.raises(OSError, match="No space"):
-                fifo.leave(text, reply)
-        fifo.leave(text, reply)
+                fifo.leave(text, layout, name)
+        fifo.leave(text, layout, name)
         assert os.read(reader, 65536)
     finally:
         os.close(reader)
