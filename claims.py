@@ -42,7 +42,8 @@ class Claims:
     `_mutex` guards it; it is reentrant, as a signal handler or a finalizer may settle a task. Such a handler may also
     raise, between any two lines here. So a name stands in `_leaving` before its outcome is sent and its file is moved,
     and until both are where they belong: what was interrupted, or could not be done, is done at the next look, if need
-    be a second time. What somebody has pulled and lost, as a handler raised before it came to him, is given back there.
+    be a second time. A task that nobody refers to any more is given back there: something raised before it came into
+    anybody's hands.
     """
 
     def __init__(self, queue: taskqueue.TaskQueue, worker_id: str, paused: Path) -> None:
@@ -55,7 +56,7 @@ class Claims:
         self._state = f"claimed/{worker_id}"
         self._directory = queue.directory / self._state
         self._held: dict[str, tuple[int, Callable[[], taskqueue.Task | None]]] = {}
-        """What is in hand: its `id`, and itself, which is `None` once whoever pulled it has lost it."""
+        """What is in hand: its `id`, and itself, which is `None` once whoever had it has lost it."""
         self._leaving: dict[str, tuple[str, Callable[[], None]]] = {}
         """What may be claimed and is in nobody's hands: the state it goes to, and what is to be done before."""
         self._said: set[str] = set()
@@ -75,13 +76,11 @@ class Claims:
         """Say whether nothing new is to be started."""
         return os.path.lexists(self._paused)
 
-    def take(
-        self, name: str, tell: Callable[[taskqueue.Unreadable], None], *, pulled: bool = False
-    ) -> taskqueue.Task | None:
+    def take(self, name: str, tell: Callable[[taskqueue.Unreadable], None]) -> taskqueue.Task | None:
         """Claim a waiting task; `None` if somebody else has it (losing that race is normal), or all is paused.
 
         :param tell: puts on its way what the sender of something that is no task is told.
-        :param pulled: it is in hand only as long as somebody refers to what is returned.
+        :return: the task, which is in hand only as long as somebody refers to it.
         :raises taskqueue.Unreadable: it was no task; it goes to ``failed/``.
         :raises OSError: it could not be read now, and it waits again.
         """
@@ -105,7 +104,7 @@ class Claims:
             except OSError:
                 self._leave(name, "")
                 raise
-            self._held[name] = (id(task), weakref.ref(task) if pulled else lambda: task)
+            self._held[name] = (id(task), weakref.ref(task))
             del self._leaving[name]
             return task
 

@@ -67,6 +67,8 @@ class Side:
     """Names on their way to the lane, or put by: they are not taken in twice."""
     awaited: dict[taskqueue.Task, tuple[kiwipy.Future, Callable[[kiwipy.Future], None]]] = field(default_factory=dict)
     """Tasks whose subscribers have returned a future, and what is done once that has its outcome."""
+    cancelled: list[taskqueue.Task] = field(default_factory=list)
+    """Tasks that stay claimed until the communicator closes."""
     listed: list[str] = field(default_factory=list)
     """A heap of names that waited when the directory was last listed, for those who pull."""
 
@@ -176,12 +178,13 @@ class Holdings:
     def claim(self, side: Side, name: str, *, pulled: bool = False) -> taskqueue.Task | None:
         """Claim a task; `None` if somebody else has it, or if it is none, which its sender is told.
 
-        :param pulled: it is in hand only as long as somebody refers to what is returned.
+        :param pulled: nobody was rung for it.
+        :return: the task, which is in hand only as long as somebody refers to it.
         :raises OSError: it could not be read now, and waits again.
         """
         try:
             tell = functools.partial(self._tell_unreadable, name)
-            task = side.claims.take(name, tell, pulled=pulled) if side.claims is not None else None
+            task = side.claims.take(name, tell) if side.claims is not None else None
         except taskqueue.Unreadable:
             self.report(side, "done", name)
             return None
@@ -351,7 +354,7 @@ class Holdings:
                     claims.give_back_strays()
 
     def look(self) -> None:
-        """Move what could not be moved when it was finished, and report what somebody had pulled and lost."""
+        """Move what could not be moved when it was finished, and report what somebody had and lost."""
         for side in list(self.sides.values()):
             side.queue.keep_name()
             for name in side.claims.look() if side.claims is not None else ():

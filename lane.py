@@ -100,15 +100,21 @@ class Lane:
         except IndexError:
             return
         self._thread, self._begun = threading.current_thread(), True
-        goes_on, interrupted = True, False
-        while goes_on:
+        waits = True
+        while True:
             try:
-                # What interrupts us may have come between the ring and its job.
-                goes_on, interrupted = self._run_one(waits=not (interrupted and self._jobs)), False
+                while True:
+                    try:
+                        if not self._run_one(waits=waits):
+                            return
+                        waits = True
+                    except BaseException:
+                        # Somebody has set it in this thread, as a watchdog does, and his job was over. It may have come
+                        # between a ring and its job.
+                        self._busy, waits = False, not self._jobs
+                        say("Error in %s", self._name)
             except BaseException:
-                # Somebody has set it in this thread, as a watchdog does, and his job was over.
-                self._busy, interrupted = False, True
-                say("Error in %s", self._name)
+                waits = not self._jobs  # Once more, in the middle of that.
 
     def _run_one(self, *, waits: bool) -> bool:
         """Say whether there may be more to run."""

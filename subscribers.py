@@ -127,7 +127,8 @@ class TaskSubscribers:
             except kiwipy.TaskRejected:
                 continue
             except kiwipy.CancelledError:
-                return  # It stays claimed until the communicator closes.
+                side.cancelled.append(task)
+                return
             except BaseException as error:
                 say("A task subscriber raised for task %s", task.name)
                 self._holdings.finish(side, task, failure(error))
@@ -165,7 +166,9 @@ class TaskSubscribers:
         # Nothing is caught here: it would be what a signal handler raises.
         error = None if future.cancelled() else future.exception()
         if future.cancelled() or isinstance(error, kiwipy.CancelledError):
-            return  # It stays claimed until the communicator closes.
+            side.cancelled.append(task)
+            side.awaited.pop(task, None)
+            return
         if isinstance(error, kiwipy.TaskRejected):
             self.lane.put(functools.partial(self._pass_on, side, task, offering, number))
         elif error is not None:

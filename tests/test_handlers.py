@@ -440,6 +440,25 @@ def test_a_watchdog_ends_a_subscriber_and_no_lane(served: Broker) -> None:
     assert served.spawn(WATCHED).line(2 * TIMEOUT) == "answered"
 
 
+def test_a_watchdog_that_is_late_again_and_again_ends_no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    lane, ran, late = Lane("lane"), threading.Event(), [1, 2]
+
+    def say(*_: object) -> None:
+        if late:
+            late.pop()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("lane.say", say)
+    lane.start()
+    lane.put(lambda: 1 // 0)
+    lane.put(ran.set)
+    try:
+        assert ran.wait(5) and not late
+    finally:
+        lane.finish()
+        lane.join()
+
+
 FORKS_WHILE_IT_WAITS = """
 served = communicator("server")
 served.add_rpc_subscriber(lambda _, body: kiwipy.Future(), "never")

@@ -880,3 +880,22 @@ def test_a_second_subscriber_of_a_worker_gets_at_once_what_the_first_has_rejecte
     eventually(lambda: rejected == 4)  # The next time would be eight seconds later.
     worker.add_task_subscriber(lambda _, body: body)
     assert sent.result(SOON) == "body"
+
+
+def test_a_task_that_comes_into_nobodys_hands_waits_again(served: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = served.communicator("worker")
+    worker.add_task_subscriber(lambda _, body: body)
+    tasks = worker._engine.tasks
+    offer, missed = tasks._offer_guarded, []
+
+    def interrupted(side: Any, task: Any, offering: Any) -> None:
+        if not missed:
+            missed.append(task.name)
+            raise RuntimeError("somebody has set it in this thread")
+        offer(side, task, offering)
+
+    # pytest would keep the exception that is logged, and by its frames the task.
+    monkeypatch.setattr("lane.say", lambda *_: None)
+    monkeypatch.setattr(tasks, "_offer_guarded", interrupted)
+    assert served.communicator().task_send("body").result(LOOK) == "body"
+    assert missed

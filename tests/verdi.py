@@ -139,8 +139,8 @@ while not all(node.is_terminated for node in nodes) and time.monotonic() < end:
     time.sleep(0.2)
 answer([[node.pk, node.process_state.value, node.exit_status] for node in nodes])
 """
-        rows = self.python(script)
-        assert [row for row in rows if row[1:] != ["finished", 0]] == []
+        rows = [row for row in self.python(script) if row[1:] != ["finished", 0]]
+        assert not rows, rows
 
     def workers(self) -> list[int]:
         """Return the pids of the daemon's workers."""
