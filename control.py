@@ -36,7 +36,9 @@ else:
 STATES = tuple(taskqueue.PLACES)
 _NAMED = "queues/"
 """What the commands call a queue that its user has called 'default', which is not the default one."""
-_PATIENCE_SECONDS = 12.0  # Longer than the ten seconds after which one whose intake was removed hears us again.
+# Longer than the ten seconds after which one whose intake was removed hears us again, the second for which it then
+# sends what waits, and what else these may take on a busy machine.
+_PATIENCE_SECONDS = 20.0
 
 
 class TimedOut(presence.CoordinatorError):
@@ -110,7 +112,7 @@ def stop(config_path: str | os.PathLike[str], only: int | None = None) -> int | 
 
     :param only: the pid of the one that is meant; `None`: whichever runs.
     :return: its pid; `None` if none was running.
-    :raises presence.CoordinatorError: it is another user's, or has not ended within 12 seconds.
+    :raises presence.CoordinatorError: it is another user's, or has not ended within 20 seconds.
     """
     layout = directories.locate(config_path)
     pid = presence.coordinator_pid(layout) if layout is not None else None
