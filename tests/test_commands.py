@@ -28,7 +28,7 @@ from harness import AS_OTHER_USER, COORDINATOR, HERE, RECORDER, TIMEOUT, WORKER,
 from pipebroker import PipeCommunicator
 
 root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can run a command as another user")
-SECONDS = 20.0
+SECONDS = 30.0
 
 
 def obey(*arguments: str | os.PathLike[str], **options: Any) -> subprocess.CompletedProcess[str]:
