@@ -219,9 +219,14 @@ def tell_sender(layout: directories.Layout, path: str, exception: str) -> None:
     except taskqueue.Unreadable as error:
         said = error.envelope
     reply_to = said.get("reply_to")
-    if not said.get("no_reply") and directories.is_reply_pipe(reply_to):
+    if not said.get("no_reply") and directories.is_reply_pipe(reply_to) and _may_hear(layout, str(reply_to)):
         text = frames.encode({"correlation_id": said.get("correlation_id"), "exception": exception})
         fifo.leave(text, layout, str(reply_to))
+
+
+def _may_hear(layout: directories.Layout, reply: str) -> bool:
+    """Say whether a sender may still be there; whose process is gone does not make the pipes again."""
+    return layout.pipes.is_dir() or presence.is_there(int(reply.split("_")[1]))
 
 
 def bury_claimants(layout: directories.Layout, queue: taskqueue.TaskQueue) -> None:

@@ -206,6 +206,17 @@ def is_alive(layout: Layout, worker_id: str) -> bool:
     return _said_by_holder(layout.lock(worker_id)) is not None
 
 
+def is_there(pid: int) -> bool:
+    """Say whether there is a process with a pid, which may be another one's by now (kill(2))."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def is_stopped(pid: object) -> bool:
     """Say whether a process is stopped (proc(5), stat); where the kernel does not tell, it is not."""
     try:

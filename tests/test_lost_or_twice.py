@@ -774,9 +774,9 @@ def test_an_outcome_that_finds_no_room_is_kept_until_it_does(
 
 SENDS_AND_IS_STOPPED = """
 sender = communicator(fsync=False)
-sent = [sender.task_send("x" * 1000) for _ in range(100)]
+sent = [sender.task_send("x" * 300) for _ in range(400)]
 print("ready"); sys.stdin.readline()
-print(all(len(future.result(30)) == 1000 for future in sent))
+print(all(len(future.result(30)) == 300 for future in sent))
 sys.stdin.read(); sender.close()
 """
 
@@ -795,13 +795,13 @@ def test_outcomes_that_a_stopped_sender_and_a_full_disk_do_not_take_outlive_thei
     with disposable(served, sender):
         with monkeypatch.context() as full:
             full.setattr(bodies, "pack_body", without_room)
-            worker = served.communicator("worker", task_prefetch_count=100)
+            worker = served.communicator("worker", task_prefetch_count=400)
             worker.add_task_subscriber(subscriber)
-            eventually(lambda: ran == 100)
+            eventually(lambda: ran == 400)
         worker.close()
         sender.go_on()
         sender.tell("go on")
-        assert sender.line(TIMEOUT) == "True" and ran == 100
+        assert sender.line(TIMEOUT) == "True" and ran == 400
         assert sender.end() == 0
 
 

@@ -338,10 +338,9 @@ def test_a_removal_that_is_ended_in_the_middle_loses_nothing(served: Broker, by:
 
 
 def test_a_task_whose_sender_is_gone_with_the_pipes_can_be_removed(broker: Broker) -> None:
-    sender = broker.communicator()
-    sender.task_send("sent")
+    sender = broker.spawn('sender = communicator(); sender.task_send("sent"); sender.close()')
+    assert sender.end() == 0
     (row,) = broker.tasks()
-    sender.close()
     shutil.rmtree(broker.pipes)
     assert f"Removed {row['id']}." in broker.run("remove", row["id"])
     assert broker.tasks() == [] and not broker.pipes.exists()
