@@ -498,4 +498,5 @@ def test_aiida_that_cannot_be_imported_is_said_to_be_that() -> None:
     environment = {**os.environ, "AIIDA_PATH": "/proc/none"}
     said = subprocess.run(command, check=False, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
     assert said.returncode == 1 and "Traceback" not in said.stderr, said
-    assert "AiiDA cannot be used here" in said.stderr.splitlines()[-1]  # Before it, AiiDA warns.
+    # Before it, AiiDA warns. One before 2.8 can be imported, and does not find the plugin.
+    assert re.match("coordinator.py: AiiDA (cannot be used here|does not have)", said.stderr.splitlines()[-1])
