@@ -101,8 +101,11 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
         self._revived = float("-inf")
         home = Path(get_config().dirpath)
         self._has_relative_home = not home.is_absolute()
+        self._was_known = False
         self.config_path = Path(home, "profiles", profile.name).absolute()
         """The profile's configuration directory."""
+        with contextlib.suppress(ValueError, OSError):
+            self._was_known = control_profiles.of(self.config_path) is not None
 
     def __str__(self) -> str:
         status = self.probe_service_status()
@@ -269,8 +272,11 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
         :raises ConnectionError: AiiDA has another profile there now than this process has loaded, or none.
         """
         name, uuid = control_profiles.identity(self.config_path)
-        if uuid in (None, self._profile.uuid) and (name is not None or not self._is_missed()):
+        missed = name is None and self._is_missed()
+        if uuid in (None, self._profile.uuid) and not missed:
             return uuid
+        if missed and not self._was_known and not self._has_relative_home:
+            return str(self._profile.uuid)  # One that AiiDA has not stored, or not yet.
         if self._has_relative_home:
             raise ConnectionError(
                 f"AiiDA's directory was named by a relative path, and {self.config_path} is not that of the profile "

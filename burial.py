@@ -226,7 +226,7 @@ def tell_sender(layout: directories.Layout, path: str, exception: str) -> None:
 
 def _may_hear(layout: directories.Layout, reply: str) -> bool:
     """Say whether a sender may still be there; whose process is gone does not make the pipes again."""
-    return layout.pipes.is_dir() or presence.is_there(int(reply.split("_")[1]))
+    return layout.pipes.is_dir() or presence.is_there(directories.reply_pid(reply))
 
 
 def bury_claimants(layout: directories.Layout, queue: taskqueue.TaskQueue) -> None:
@@ -318,7 +318,7 @@ def _is_orphan(path: Path) -> bool:
         pipe = path.with_name(receiver)
         # Where the pipe has lost its name, its reader may live, and makes it again when it looks after itself: perhaps
         # while we look.
-        was_there = os.path.lexists(pipe)
+        was_there = pipe.is_fifo() and not pipe.is_symlink()
         return not directories.is_read(pipe) and (was_there or files.is_older(path, _ORPHAN_SECONDS))
     if directories.is_reply_pipe(path.name):
         return stat.S_ISFIFO(os.lstat(path).st_mode) and not directories.is_read(path)

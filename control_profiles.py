@@ -118,16 +118,17 @@ def of(config_path: Path) -> tuple[Profiles, str] | None:
     real = Path(os.path.realpath(config_path))
     above = [path.parent.parent for path in (config_path, real) if path.parent.name == "profiles"]
     for directory in dict.fromkeys(above):
-        if (found := _of(directory, real)) is not None:
+        if (found := _of(directory, real, config_path.name)) is not None:
             return found
     with contextlib.suppress(ValueError, OSError):
-        return _of(aiidas_directory(), real)
+        return _of(aiidas_directory(), real, config_path.name)
     return None
 
 
-def _of(directory: Path, real: Path) -> tuple[Profiles, str] | None:
+def _of(directory: Path, real: Path, called: str) -> tuple[Profiles, str] | None:
     profiles = read(directory)
-    for name in profiles.known if profiles is not None else ():
+    # A link may give one directory to two.
+    for name in sorted(profiles.known, key=lambda name: name != called) if profiles is not None else ():
         with contextlib.suppress(ValueError, OSError):  # A name that can be no directory's.
             if profiles is not None and os.path.realpath(profiles.path(name)) == str(real):
                 return profiles, name

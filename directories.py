@@ -46,7 +46,7 @@ KEPT_SECONDS = 60.0
 VERSION = "1.0.0"
 
 _WORKER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_REPLY = re.compile(r"reply_\d+_[0-9a-f]{32}")
+_REPLY = re.compile(r"reply_([0-9]{1,10})_[0-9a-f]{32}")
 _BODY = re.compile(r"body_([A-Za-z0-9._-]+)\.[0-9a-f]{32}")
 _QUOTED = re.compile(r"[A-Za-z0-9_~%=-][A-Za-z0-9_.~%=-]*")
 _OWNER = ".config"
@@ -395,6 +395,12 @@ def _is_quoted(name: str) -> bool:
 def is_reply_pipe(name: object) -> bool:
     """Say whether a name that came in a message is that of a reply pipe."""
     return isinstance(name, str) and _REPLY.fullmatch(name) is not None
+
+
+def reply_pid(name: str) -> int:
+    """Return the pid of whoever has made a reply pipe, by its name."""
+    match = _REPLY.fullmatch(name)
+    return int(match[1]) if match else 0
 
 
 def body_receiver(name: object) -> str | None:

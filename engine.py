@@ -14,7 +14,7 @@ Rules:
 Frames that a communicator, a command or another coordinator sends, by pipe (``frames.py`` says what a frame is):
 
     coordinator_tasks       {"type": "task", "queue", "name"}            a task waits
-                            {"type": "register", "worker"}               read my registry entry
+                            {"type": "register", "worker", "more"}       read my registry entry
                             {"type": "kept"}                             there is a broadcast in a file
                             {"type": "look"}                             look after yourself now
                             {"type": "stop", "pid"}                      end in an orderly way, if it is you

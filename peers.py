@@ -260,10 +260,10 @@ class Peers:
         self._peers: dict[str, Peer] = {}
         self.suspects = Suspects(layout, poller, queues, self._peers)
 
-    def meet(self, worker_id: str, *, called: bool = False) -> None:
+    def meet(self, worker_id: str, *, more: bool = False) -> None:
         """Read a worker's entry, and come to know it, know it better, or forget it.
 
-        :param called: it asks for that: it may have a subscriber more, who takes what others there have refused.
+        :param more: it has a task subscriber more, who may take what others there have refused.
         """
         peer = self._peers.get(worker_id)
         try:
@@ -284,7 +284,7 @@ class Peers:
                 self._peers[worker_id] = peer
                 _LOGGER.info("Worker %s (pid %d) came", worker_id, worker.pid)
             peer.worker = worker
-            self._connect(peer, called)
+            self._connect(peer, more)
         except OSError as error:
             if error.errno not in (errno.ENXIO, errno.ENOENT):
                 _LOGGER.error("Worker %s cannot be reached: %s", worker_id, error)
@@ -295,7 +295,7 @@ class Peers:
         on_death = functools.partial(self._on_death, worker_id)
         return fifo.Writer(self._poller, self._layout.pipes / name, on_death, **options)
 
-    def _connect(self, peer: Peer, called: bool) -> None:
+    def _connect(self, peer: Peer, more: bool) -> None:
         """Open the ways that are missing, or whose pipe was made again, and join the queues."""
         queues, before = peer.worker.queues, peer.task
         peer.task = self._way(peer, "task", before, bool(queues))
@@ -308,7 +308,7 @@ class Peers:
         self._leave(peer, [key for key in peer.members if key not in queues or peer.task is not before])
         for key, prefetch in queues.items() if peer.task is not None else ():
             try:
-                self._join(peer, key, prefetch, called)
+                self._join(peer, key, prefetch, more)
             except OSError as error:
                 # One bad queue keeps nobody from the others.
                 _LOGGER.error("Worker %s cannot join queue '%s': %s", peer.worker.worker_id, key or "default", error)
@@ -336,9 +336,9 @@ class Peers:
             old.close()
         return new
 
-    def _join(self, peer: Peer, key: str, prefetch: int, called: bool) -> None:
+    def _join(self, peer: Peer, key: str, prefetch: int, more: bool) -> None:
         member = peer.members.get(key)
-        if member is not None and member.prefetch == prefetch and not called:
+        if member is not None and member.prefetch == prefetch and not more:
             return
         if member is None:
             worker_id = peer.worker.worker_id

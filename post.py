@@ -341,14 +341,16 @@ class Post:
         """Send the text of an answer to whoever waits for it; run no code of a user's.
 
         :param outlives: it is the outcome of a task: where the pipe does not take it, it goes to the disk.
-        :raises OSError: an outcome could neither be sent nor left. (There is nobody who would send another answer
-            again.)
+        :raises OSError: an outcome could neither be sent nor left for a sender that may be there. (There is nobody who
+            would send another answer again.)
         """
         if self.ways.disowned or not directories.is_reply_pipe(reply_to):
             return
         try:
             self._deliver(text, str(reply_to), outlives)
         except OSError as error:
+            if outlives and not presence.is_there(directories.reply_pid(str(reply_to))):
+                return  # Nobody waits.
             if outlives and frames.frame(text) is not None:
                 raise  # An excuse would need as much room.
             _LOGGER.error("An answer to %s could not be sent: %s", reply_to, error)

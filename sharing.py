@@ -212,7 +212,7 @@ class PipeCoordinator:
         elif kind == "report":
             self._peers.report(message)
         elif kind == "register":
-            self._peers.meet(directories.check_worker_id(message["worker"]), called=True)
+            self._peers.meet(directories.check_worker_id(message["worker"]), more=message.get("more") is True)
         elif kind == "kept":
             self._fan_out_kept()
         elif kind == "look":

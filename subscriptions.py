@@ -177,7 +177,7 @@ class Subscriptions:
             life = self._begun()
             self.hold(side)
             self._open(life, "task")
-            self._register(life)
+            self._register(life, more=True)
             return identifier
 
     def remove_task(self, side: Side, identifier: Any) -> None:
@@ -233,10 +233,13 @@ class Subscriptions:
         """Make a pipe of ours; say whether there was none."""
         return life.pipes.open(f"{kind}_{life.worker_id}", self._handlers[kind])
 
-    def _register(self, life: Life) -> None:
+    def _register(self, life: Life, *, more: bool = False) -> None:
+        """
+        :param more: there is a task subscriber more, who may take what others here have refused.
+        """
         life.pipes.made_again = False
         self._entry(life).register(self._layout)
-        self._post.ring({"type": "register", "worker": life.worker_id})
+        self._post.ring({"type": "register", "worker": life.worker_id, **({"more": True} if more else {})})
 
     def _register_later(self) -> None:
         """Register what has become less; where that cannot be done now, it is done at the next look."""

@@ -468,6 +468,19 @@ def test_who_has_loaded_a_profile_that_was_deleted_since_sends_nothing_to_the_ne
         assert not made(uuid="2" * 32, autostart=False).get_communicator().is_closed()
 
 
+def test_a_profile_that_aiida_has_not_stored_yet_is_the_same_when_it_has(
+    made: Callable[..., Any], broker: Broker
+) -> None:
+    broker.config_path.mkdir(parents=True)
+    known(broker)
+    made(autostart=False).get_communicator().task_send("waits", no_reply=True)
+    known(broker, "1" * 32)
+    assert not made(autostart=False).get_communicator().is_closed()
+    known(broker, "2" * 32)
+    with pytest.raises(directories.DirectoryRefused, match="belongs to another profile"):
+        made(uuid="2" * 32, autostart=False).get_communicator()
+
+
 def test_a_profile_without_a_uuid_is_known_by_its_name(
     aiidabroker: ModuleType, made: Callable[..., Any], broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

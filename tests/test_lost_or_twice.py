@@ -20,6 +20,7 @@ import kiwipy
 import pytest
 
 import bodies
+import burial
 import directories
 from harness import HOARD, HOLDER, RECORDER, TIMEOUT, Broker, Child, eventually, is_gone, recorded, within
 
@@ -899,3 +900,71 @@ def test_a_task_that_comes_into_nobodys_hands_waits_again(served: Broker, monkey
     monkeypatch.setattr(tasks, "_offer_guarded", interrupted)
     assert served.communicator().task_send("body").result(LOOK) == "body"
     assert missed
+
+
+def test_who_subscribes_to_anything_else_is_not_asked_again_for_what_it_has_rejected(served: Broker) -> None:
+    rejected = 0
+
+    def subscriber(_: Any, body: Any) -> Any:
+        nonlocal rejected
+        if body == "rejected":
+            rejected += 1
+            raise kiwipy.TaskRejected("not for me")
+        return body
+
+    worker, sender = served.communicator("worker"), served.communicator()
+    worker.add_task_subscriber(subscriber)
+    sender.task_send("rejected", no_reply=True)
+    eventually(lambda: rejected == 3)  # The next time is four seconds later, and then eight.
+    for number in range(20):
+        worker.remove_broadcast_subscriber(worker.add_broadcast_subscriber(lambda *_: None))
+        assert sender.task_send(number).result(SOON) == number
+    assert rejected <= 5
+
+
+def test_an_outcome_that_nobody_waits_for_needs_no_room(served: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+    sender = served.spawn('sender = communicator(); sender.task_send("body"); sender.close()')
+    assert sender.end() == 0
+    with monkeypatch.context() as full:
+        full.setattr(bodies, "pack_body", without_room)
+        served.communicator("worker").add_task_subscriber(lambda _, body: body)
+        eventually(lambda: len(served.tasks("completed")) == 1, SOON)
+
+
+def test_who_closes_while_an_outcome_finds_no_room_leaves_no_death(
+    served: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, sender = served.communicator("worker"), served.communicator()
+    pipe = served.pipes / sender._engine.reply
+
+    def subscriber(_: Any, body: Any) -> Any:
+        pipe.unlink(missing_ok=True)
+        return body
+
+    with monkeypatch.context() as full:
+        full.setattr(bodies, "pack_body", without_room)
+        worker.add_task_subscriber(subscriber)
+        sent = sender.task_send("body")
+        eventually(lambda: "cannot leave" in caplog.text)
+        worker.close()
+    (task,) = served.tasks("waiting")
+    assert task["deaths"] == 0
+    served.communicator("next").add_task_subscriber(lambda _, body: body)
+    assert sent.result(2 * LOOK) == "body"
+
+
+def test_what_waits_beside_a_strangers_file_in_a_pipes_place_is_kept(broker: Broker) -> None:
+    name = broker.communicator()._engine.reply
+    (broker.pipes / name).unlink()
+    (broker.pipes / name).write_text("a stranger's")
+    frame = bodies.pack_body("{}", broker.pipes / name)
+    body = bodies.claimed_body(frame, broker.pipes / name)
+    assert body is not None and not burial._is_orphan(body)
+    body.unlink()
+    (broker.pipes / name).unlink()
+
+
+def test_a_reply_pipe_has_the_name_of_one() -> None:
+    assert directories.is_reply_pipe(directories.reply_pipe())
+    assert directories.reply_pid(directories.reply_pipe()) == os.getpid()
+    assert not directories.is_reply_pipe(f"reply_{'1' * 300}_{'a' * 32}")

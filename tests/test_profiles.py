@@ -411,6 +411,13 @@ def test_whatever_links_lead_to_a_profile_it_is_the_same(broker: Broker, tmp_pat
         assert said.returncode in (1, 3) and aside in (said.stdout + said.stderr).replace(str(given), str(profile))
 
 
+def test_of_two_names_that_lead_to_one_directory_the_one_that_is_asked_for_is_meant(tmp_path: Path) -> None:
+    profiles = configuration(tmp_path, "one", "two", uuid=OLD) / "profiles"
+    (profiles / "one").mkdir(parents=True)
+    (profiles / "two").symlink_to("one")
+    assert [control_profiles.identity(profiles / name)[0] for name in ("one", "two")] == ["one", "two"]
+
+
 def test_a_queue_may_be_set_aside_again_and_again(broker: Broker, tmp_path: Path) -> None:
     broker.config_path = configuration(tmp_path, broker.profile) / "profiles" / broker.profile
     for number in range(4):

@@ -131,11 +131,11 @@ def delete_queue(profile: Profile) -> None:
     layout = directories.locate(_directory(profile))
     if layout is None:
         return
-    said = directories.read_format(_directory(profile))
-    if said and not whose.Owner(profile.name, profile.uuid).is_of(said):
-        echo.echo_warning(f"{layout.queue} is the queue of the profile '{said.get('profile')}', and is left.")
-        return
     try:
+        said = directories.read_format(_directory(profile))
+        if said and not whose.Owner(profile.name, profile.uuid).is_of(said):
+            echo.echo_warning(f"{layout.queue} is the queue of the profile '{said.get('profile')}', and is left.")
+            return
         control_install.delete(_directory(profile))
     except (RuntimeError, OSError) as error:
         paths = (layout.queue, layout.registry, layout.pipes)
