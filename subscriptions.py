@@ -177,7 +177,7 @@ class Subscriptions:
             life = self._begun()
             self.hold(side)
             self._open(life, "task")
-            self._register(life, more=True)
+            self._register(life, more=True)  # Who may take what others here have refused.
             return identifier
 
     def remove_task(self, side: Side, identifier: Any) -> None:
@@ -234,9 +234,6 @@ class Subscriptions:
         return life.pipes.open(f"{kind}_{life.worker_id}", self._handlers[kind])
 
     def _register(self, life: Life, *, more: bool = False) -> None:
-        """
-        :param more: there is a task subscriber more, who may take what others here have refused.
-        """
         life.pipes.made_again = False
         self._entry(life).register(self._layout)
         self._post.ring({"type": "register", "worker": life.worker_id, **({"more": True} if more else {})})
