@@ -23,6 +23,7 @@ import bodies
 import burial
 import directories
 from harness import HOARD, HOLDER, RECORDER, TIMEOUT, Broker, Child, eventually, is_gone, recorded, within
+from test_mending import look
 
 SOON = 5.0
 """For what an event brings about."""
@@ -769,6 +770,8 @@ def test_an_outcome_that_finds_no_room_is_kept_until_it_does(
         sent = sender.task_send("body")
         eventually(lambda: "cannot leave" in caplog.text)
         assert len(served.tasks("claimed")) == 1 and not served.tasks("completed")
+    look(sender)
+    look(worker)
     assert sent.result(2 * LOOK) == "body"
     eventually(lambda: len(served.tasks("completed")) == 1)
 
@@ -841,10 +844,12 @@ def test_who_waits_for_a_task_that_is_removed_hears_of_it_though_the_pipes_were_
 ) -> None:
     if serving:
         broker.start()
-    sent = broker.communicator().task_send("body")
+    sender = broker.communicator()
+    sent = sender.task_send("body")
     shutil.rmtree(broker.pipes)
     (task,) = broker.tasks("waiting")
     broker.run("remove", task["id"])
+    look(sender)
     with pytest.raises(kiwipy.RemoteException, match="was removed from the queue"):
         sent.result(LOOK)
 
@@ -898,8 +903,10 @@ def test_a_task_that_comes_into_nobodys_hands_waits_again(served: Broker, monkey
     # pytest would keep the exception that is logged, and by its frames the task.
     monkeypatch.setattr("lane.say", lambda *_: None)
     monkeypatch.setattr(tasks, "_offer_guarded", interrupted)
-    assert served.communicator().task_send("body").result(LOOK) == "body"
-    assert missed
+    sent = served.communicator().task_send("body")
+    eventually(lambda: missed)
+    look(worker)
+    assert sent.result(LOOK) == "body"
 
 
 def test_who_subscribes_to_anything_else_is_not_asked_again_for_what_it_has_rejected(served: Broker) -> None:
@@ -949,6 +956,7 @@ def test_who_closes_while_an_outcome_finds_no_room_leaves_no_death(
         worker.close()
     (task,) = served.tasks("waiting")
     assert task["deaths"] == 0
+    look(sender)
     served.communicator("next").add_task_subscriber(lambda _, body: body)
     assert sent.result(2 * LOOK) == "body"
 
