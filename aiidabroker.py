@@ -272,10 +272,10 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
         :raises ConnectionError: AiiDA has another profile there now than this process has loaded, or none.
         """
         name, uuid = control_profiles.identity(self.config_path)
-        missed = name is None and self._is_missed()
-        if uuid in (None, self._profile.uuid) and not missed:
+        missing = name is None and self._is_missing()
+        if uuid in (None, self._profile.uuid) and not missing:
             return uuid
-        if missed and not self._was_known and not self._has_relative_home:
+        if missing and not self._was_known and not self._has_relative_home:
             return str(self._profile.uuid)  # One that AiiDA has not stored, or not yet.
         if self._has_relative_home:
             raise ConnectionError(
@@ -283,11 +283,12 @@ class PipeBroker(base.Broker):  # type: ignore[misc]
                 f"'{self._profile.name}': make AIIDA_PATH absolute"
             )
         raise ConnectionError(
-            f"the profile '{self._profile.name}' that this process has loaded was deleted since: start it again with a "
-            "profile that there is"
+            f"the profile '{self._profile.name}' that this process has loaded was deleted since: start this process "
+            "again, with a profile that there is"
         )
 
-    def _is_missed(self) -> bool:
+    def _is_missing(self) -> bool:
+        """Say whether the profile would stand in AiiDA's configuration, were it not deleted, new or elsewhere."""
         return self._has_relative_home or control_profiles.read(self.config_path.parent.parent) is not None
 
     def _start_coordinator(self, idle: float | None) -> None:

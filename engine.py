@@ -14,7 +14,8 @@ Rules:
 Frames that a communicator, a command or another coordinator sends, by pipe (``frames.py`` says what a frame is):
 
     coordinator_tasks       {"type": "task", "queue", "name"}            a task waits
-                            {"type": "register", "worker", "more"}       read my registry entry
+                            {"type": "register", "worker", "more"}       read my registry entry; I have
+                                                                         one subscriber more for tasks
                             {"type": "kept"}                             there is a broadcast in a file
                             {"type": "look"}                             look after yourself now
                             {"type": "stop", "pid"}                      end in an orderly way, if it is you

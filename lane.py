@@ -114,7 +114,7 @@ class Lane:
                         self._busy, waits = False, not self._jobs
                         say("Error in %s", self._name)
             except BaseException:
-                waits = not self._jobs  # Once more, in the middle of that.
+                self._busy, waits = False, not self._jobs  # Once more, in the middle of that.
 
     def _run_one(self, *, waits: bool) -> bool:
         """Say whether there may be more to run."""

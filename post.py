@@ -11,6 +11,7 @@ Rules:
 - A reply pipe whose name is gone (``ENOENT``) may belong to somebody alive who will make it again: the answer becomes a
   body all the same. Where the pipe is there and nobody reads it (``ENXIO``), nobody waits for an answer.
 - Whoever waits is answered, also when no descriptor is free, and when the answer cannot be expressed.
+- An outcome that can neither be sent nor left is the caller's again, who keeps the task (``claims.py``).
 """
 
 from __future__ import annotations

@@ -754,21 +754,25 @@ def without_room(*_: object) -> bytes:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_an_outcome_that_finds_no_room_is_kept_until_it_does(
-    served: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    worker, sender = served.communicator("worker"), served.communicator()
-    pipe = served.pipes / sender._engine.reply
+@contextlib.contextmanager
+def outcome_without_room(broker: Broker, caplog: pytest.LogCaptureFixture) -> Iterator[tuple[Any, Any, kiwipy.Future]]:
+    """Let a worker have done a task whose outcome finds no room; give it, the sender, and what that waits for."""
+    worker, sender = broker.communicator("worker"), broker.communicator()
 
     def subscriber(_: Any, body: Any) -> Any:
-        pipe.unlink()
+        (broker.pipes / sender._engine.reply).unlink()
         return body
 
-    with monkeypatch.context() as full:
+    with pytest.MonkeyPatch.context() as full:
         full.setattr(bodies, "pack_body", without_room)
         worker.add_task_subscriber(subscriber)
         sent = sender.task_send("body")
         eventually(lambda: "cannot leave" in caplog.text)
+        yield worker, sender, sent
+
+
+def test_an_outcome_that_finds_no_room_is_kept_until_it_does(served: Broker, caplog: pytest.LogCaptureFixture) -> None:
+    with outcome_without_room(served, caplog) as (worker, sender, sent):
         assert len(served.tasks("claimed")) == 1 and not served.tasks("completed")
     look(sender)
     look(worker)
@@ -939,20 +943,9 @@ def test_an_outcome_that_nobody_waits_for_needs_no_room(served: Broker, monkeypa
 
 
 def test_who_closes_while_an_outcome_finds_no_room_leaves_no_death(
-    served: Broker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    served: Broker, caplog: pytest.LogCaptureFixture
 ) -> None:
-    worker, sender = served.communicator("worker"), served.communicator()
-    pipe = served.pipes / sender._engine.reply
-
-    def subscriber(_: Any, body: Any) -> Any:
-        pipe.unlink(missing_ok=True)
-        return body
-
-    with monkeypatch.context() as full:
-        full.setattr(bodies, "pack_body", without_room)
-        worker.add_task_subscriber(subscriber)
-        sent = sender.task_send("body")
-        eventually(lambda: "cannot leave" in caplog.text)
+    with outcome_without_room(served, caplog) as (worker, sender, sent):
         worker.close()
     (task,) = served.tasks("waiting")
     assert task["deaths"] == 0
